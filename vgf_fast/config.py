@@ -1,0 +1,289 @@
+"""Configuration: frozen dataclasses, one comment a field. Imports the standard library alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Activation = Literal["relu", "gelu", "swish"]
+Aggregation = Literal["mean", "min"]
+Behavior = Literal["flow", "gaussian"]
+CriticLoss = Literal["td", "expectile", "sql"]
+ParticleOptimizer = Literal["adam", "ascent"]
+Precision = Literal["float32", "bfloat16"]
+Selection = Literal["max", "softmax", "random"]
+TargetReduce = Literal["mean", "max"]
+
+
+def _check_choice(owner: str, field: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{owner}.{field} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def _check_integer(owner: str, field: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{owner}.{field} is {value!r}, expected an integer >= {low}")
+
+
+def _check_real(
+    owner: str, field: str, value: object, low: float, high: float = math.inf, *, low_open: bool = False
+) -> None:
+    interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or not low <= value <= high or (low_open and value == low):  # type: ignore[arg-type, operator]
+        raise ValueError(f"{owner}.{field} is {value!r}, expected a number in {interval}")
+
+
+def _check_boolean(owner: str, field: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{owner}.{field} is {value!r}, expected True or False")
+
+
+def _check_widths(owner: str, field: str, value: object) -> None:
+    if not isinstance(value, tuple) or not value or any(type(w) is not int or w < 1 for w in value):
+        raise ValueError(f"{owner}.{field} is {value!r}, expected a tuple of at least one positive integer")
+
+
+def check_known_keys(owner: str, given: Mapping[str, Any], known: list[str]) -> None:
+    """Raise ``ValueError`` naming every key of ``given`` that is not in ``known``, each with the closest known one."""
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        hints = []
+        for key in unknown:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hints.append(f"{key!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+        raise ValueError(f"{owner} has no field {', '.join(hints)}; its fields are: {', '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransportBudget:
+    """How far particles may move: the only regularisation of VGF (paper, section on the transport budget).
+
+    Raises ``ValueError`` when a field is outside its range.
+    """
+
+    steps: int = 5  # L, flow steps; 0 is best-of-N
+    step_size: float = 0.1  # eps, learning rate of the particle update, in units of the action
+    temperature: float = 0.1  # alpha, weight of the entropy: the flow's target is exp(Q / alpha)
+
+    def __post_init__(self) -> None:
+        _check_integer("TransportBudget", "steps", self.steps, 0)
+        _check_real("TransportBudget", "step_size", self.step_size, 0.0)
+        _check_real("TransportBudget", "temperature", self.temperature, 0.0, low_open=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class VGFConfig:
+    """The policy: its networks, its particles, and how far they move when training and when acting.
+
+    Defaults are the paper's main setting (D4RL AntMaze): networks and optimiser as in the public release, N = 10,
+    K = 10, L = 5. Raises ``ValueError`` when a field is outside its range.
+    """
+
+    observation_dim: int  # O, length of an observation vector
+    action_dim: int  # A, length of an action vector; actions lie in [-1, 1]
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # widths of the critic's hidden layers
+    members: int = 2  # E, critics in the ensemble
+    layer_norm: bool = True  # LayerNorm before the activation in the critic
+    activation: Activation = "relu"  # of all networks; gelu is its tanh approximation
+    behavior: Behavior = "flow"  # model of the behaviour in the data
+    behavior_hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # widths of the behaviour model's hidden layers
+    behavior_layer_norm: bool = False  # LayerNorm in the behaviour model
+    behavior_steps: int = 10  # K, Euler steps of the flow-matching sampler
+    gaussian_tanh: bool = False  # squash the Gaussian behaviour model by tanh
+    particles: int = 10  # N, particles a state
+    flow_q_aggregation: Aggregation = "mean"  # over members, for the score that moves the particles
+    target_q_aggregation: Aggregation = "min"  # over members, for the TD target and for choosing a particle
+    train_budget: TransportBudget = TransportBudget()  # how far particles move for the TD target
+    test_budget: TransportBudget = TransportBudget()  # how far they move when acting
+    particle_optimizer: ParticleOptimizer = "adam"  # "ascent" is the paper's equation, "adam" its experiments
+    repulsion: bool = True  # False: the paper's simplified direction, alpha -> 0 and no repulsion
+    bandwidth_gradient: bool = False  # True: differentiate the median bandwidth too, as the public release does
+    selection: Selection = "max"  # how the acting particle is chosen
+    selection_temperature: float = 1.0  # of the softmax over Q when selection is "softmax"
+
+    def __post_init__(self) -> None:
+        for field in ("hidden_dims", "behavior_hidden_dims"):
+            if isinstance(getattr(self, field), list):
+                object.__setattr__(self, field, tuple(getattr(self, field)))
+            _check_widths("VGFConfig", field, getattr(self, field))
+        for field in ("observation_dim", "action_dim", "members", "behavior_steps", "particles"):
+            _check_integer("VGFConfig", field, getattr(self, field), 1)
+        for field in ("layer_norm", "behavior_layer_norm", "gaussian_tanh", "repulsion", "bandwidth_gradient"):
+            _check_boolean("VGFConfig", field, getattr(self, field))
+        _check_choice("VGFConfig", "activation", self.activation, ("relu", "gelu", "swish"))
+        _check_choice("VGFConfig", "behavior", self.behavior, ("flow", "gaussian"))
+        _check_choice("VGFConfig", "flow_q_aggregation", self.flow_q_aggregation, ("mean", "min"))
+        _check_choice("VGFConfig", "target_q_aggregation", self.target_q_aggregation, ("mean", "min"))
+        _check_choice("VGFConfig", "particle_optimizer", self.particle_optimizer, ("adam", "ascent"))
+        _check_choice("VGFConfig", "selection", self.selection, ("max", "softmax", "random"))
+        _check_real("VGFConfig", "selection_temperature", self.selection_temperature, 0.0, low_open=True)
+        for field in ("train_budget", "test_budget"):
+            if not isinstance(getattr(self, field), TransportBudget):
+                raise ValueError(f"VGFConfig.{field} is {getattr(self, field)!r}, expected a TransportBudget")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict of JSON types; ``VGFConfig.from_dict`` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VGFConfig:
+        """Inverse of ``to_dict``. Raises ``ValueError`` for unknown keys, with the closest known one."""
+        check_known_keys(cls.__name__, values, [f.name for f in dataclasses.fields(cls)])
+        values = dict(values)
+        for field in ("train_budget", "test_budget"):
+            if isinstance(values.get(field), Mapping):
+                known = [f.name for f in dataclasses.fields(TransportBudget)]
+                check_known_keys(f"VGFConfig.{field}", values[field], known)
+                values[field] = TransportBudget(**values[field])
+        missing = [name for name in ("observation_dim", "action_dim") if name not in values]
+        if missing:
+            raise ValueError(f"VGFConfig needs {' and '.join(missing)}, which were not given")
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training update; defaults are the public release's. Raises ``ValueError`` for a field outside its range."""
+
+    batch_size: int = 256  # transitions an update
+    critic_learning_rate: float = 3e-4  # Adam's, for the critic
+    behavior_learning_rate: float = 3e-4  # Adam's, for the behaviour model
+    discount: float = 0.99  # of the return
+    tau: float = 0.005  # Polyak weight of the critic in its target
+    critic_loss: CriticLoss = "td"  # "expectile" and "sql" are the release's "iql-q" and "sql-q"
+    expectile: float = 0.9  # expectile of the "expectile" loss; SQL's alpha in the "sql" loss
+    target_reduce: TargetReduce = "mean"  # over particles, in the TD target
+    precision: Precision = "float32"  # of the matrix products; weights, optimiser and particles stay float32
+    seed: int = 0  # of every random number of training
+
+    def __post_init__(self) -> None:
+        _check_integer("TrainConfig", "batch_size", self.batch_size, 1)
+        _check_integer("TrainConfig", "seed", self.seed, 0)
+        _check_real("TrainConfig", "critic_learning_rate", self.critic_learning_rate, 0.0)
+        _check_real("TrainConfig", "behavior_learning_rate", self.behavior_learning_rate, 0.0)
+        _check_real("TrainConfig", "discount", self.discount, 0.0, 1.0)
+        _check_real("TrainConfig", "tau", self.tau, 0.0, 1.0)
+        _check_real("TrainConfig", "expectile", self.expectile, 0.0, low_open=True)
+        if self.critic_loss == "expectile":
+            _check_real("TrainConfig", "expectile", self.expectile, 0.0, 1.0, low_open=True)
+        _check_choice("TrainConfig", "critic_loss", self.critic_loss, ("td", "expectile", "sql"))
+        _check_choice("TrainConfig", "target_reduce", self.target_reduce, ("mean", "max"))
+        _check_choice("TrainConfig", "precision", self.precision, ("float32", "bfloat16"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of JSON types; ``TrainConfig.from_dict`` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Inverse of ``to_dict``. Raises ``ValueError`` for unknown keys, with the closest known one."""
+        check_known_keys(cls.__name__, values, [f.name for f in dataclasses.fields(cls)])
+        return cls(**values)
+
+
+# What the release's own get_config() gives a key that a configuration leaves out.
+_REFERENCE_DEFAULTS: dict[str, Any] = {
+    "agent_name": "vgf",
+    "value_lr": 3e-4,
+    "actor_lr": 3e-4,
+    "batch_size": 256,
+    "activations": "relu",
+    "value_hidden_dims": (512, 512, 512, 512),
+    "actor_hidden_dims": (512, 512, 512, 512),
+    "layer_norm": True,
+    "actor_layer_norm": False,
+    "discount": 0.99,
+    "tau": 0.005,
+    "critic_loss": "td",
+    "expectile": 0.9,
+    "train_q_agg": "min",
+    "vgf_q_agg": "mean",
+    "bc_policy_type": "flow",
+    "bc_flow_steps": 5,
+    "bc_use_tanh": False,
+    "vgf_particles": 10,
+    "train_particle_select": "mean",
+    "eval_particle_select": "max",
+    "train_vgf_steps": 1,
+    "vgf_lr": 0.1,
+    "vgf_alpha": 1.0,
+    "softmax_temp": 1.0,
+    "encoder": None,
+}
+_REFERENCE_CRITIC_LOSS: dict[str, CriticLoss] = {"td": "td", "iql-q": "expectile", "sql-q": "sql"}
+_REFERENCE_BEHAVIOR: dict[str, Behavior] = {"flow": "flow", "gau": "gaussian"}
+
+
+def config_from_reference(config: Mapping[str, Any]) -> tuple[VGFConfig, TrainConfig]:
+    """Translate a configuration of the public release, in the release's own key names.
+
+    ``ob_dims`` and ``action_dim`` must be there; any other missing key takes the release's default. The result has
+    ``bandwidth_gradient=True``, so that the policy moves as it did in the release, and a test budget equal to the
+    training budget (the release is told the number of test steps with every call).
+
+    Raises ``ValueError`` for unknown keys and for what this library does not compute: pixel encoders, other agents.
+    """
+    known = [*_REFERENCE_DEFAULTS, "ob_dims", "action_dim", "max_steps"]
+    check_known_keys("the release's configuration", config, known)
+    for key in ("ob_dims", "action_dim"):
+        if config.get(key) is None:
+            raise ValueError(
+                f"the release's configuration has no {key!r}; add it, e.g. {key}={[29] if key == 'ob_dims' else 8}"
+            )
+    ref = {**_REFERENCE_DEFAULTS, **config}
+    if ref["agent_name"] != "vgf":
+        raise ValueError(f"the release's configuration has agent_name={ref['agent_name']!r}, expected 'vgf'")
+    if ref["encoder"] is not None:
+        raise ValueError(
+            f"the release's configuration has encoder={ref['encoder']!r}: pixel encoders are not supported"
+        )
+    ob_dims = ref["ob_dims"]
+    if isinstance(ob_dims, int):
+        ob_dims = (ob_dims,)
+    if len(ob_dims) != 1:
+        raise ValueError(
+            f"the release's configuration has ob_dims={ref['ob_dims']!r}, expected one number: state vectors"
+        )
+    _check_choice("the release's configuration", "critic_loss", ref["critic_loss"], tuple(_REFERENCE_CRITIC_LOSS))
+    _check_choice("the release's configuration", "bc_policy_type", ref["bc_policy_type"], tuple(_REFERENCE_BEHAVIOR))
+    # The release takes "softmax" and "max" by name and chooses at random for every other word.
+    selection: Selection = (
+        ref["eval_particle_select"] if ref["eval_particle_select"] in ("max", "softmax") else "random"
+    )
+    budget = TransportBudget(int(ref["train_vgf_steps"]), float(ref["vgf_lr"]), float(ref["vgf_alpha"]))
+    policy = VGFConfig(
+        observation_dim=int(ob_dims[0]),
+        action_dim=int(ref["action_dim"]),
+        hidden_dims=tuple(ref["value_hidden_dims"]),
+        members=2,
+        layer_norm=ref["layer_norm"],
+        activation=ref["activations"],
+        behavior=_REFERENCE_BEHAVIOR[ref["bc_policy_type"]],
+        behavior_hidden_dims=tuple(ref["actor_hidden_dims"]),
+        behavior_layer_norm=ref["actor_layer_norm"],
+        behavior_steps=ref["bc_flow_steps"],
+        gaussian_tanh=ref["bc_use_tanh"],
+        particles=ref["vgf_particles"],
+        flow_q_aggregation="min" if ref["vgf_q_agg"] == "min" else "mean",
+        target_q_aggregation="min" if ref["train_q_agg"] == "min" else "mean",
+        train_budget=budget,
+        test_budget=budget,
+        bandwidth_gradient=True,
+        selection=selection,
+        selection_temperature=float(ref["softmax_temp"]),
+    )
+    train = TrainConfig(
+        batch_size=ref["batch_size"],
+        critic_learning_rate=float(ref["value_lr"]),
+        behavior_learning_rate=float(ref["actor_lr"]),
+        discount=float(ref["discount"]),
+        tau=float(ref["tau"]),
+        critic_loss=_REFERENCE_CRITIC_LOSS[ref["critic_loss"]],
+        expectile=float(ref["expectile"]),
+        target_reduce="max" if ref["train_particle_select"] == "max" else "mean",
+    )
+    return policy, train

@@ -1,0 +1,369 @@
+"""The functional API: checks its input, chooses the backend, and calls ``reference`` or the Triton kernels.
+
+``backend="torch"`` runs everywhere. ``backend="triton"`` runs particle updates and selection as Triton kernels, and the
+networks' matrix products as PyTorch's; it needs a GPU, or Triton's interpreter. ``backend="auto"`` is "triton" for
+tensors on a GPU within the kernels' limits and "torch" otherwise.
+
+Observations are [B, O], particles [B, N, A], values [E, B, N]; empty batches are fine.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vgf_fast import reference
+from vgf_fast.config import TransportBudget
+from vgf_fast.networks import EnsembleMLP, VelocityField
+from vgf_fast.reference import FlowResult, MLPWeights
+
+Backend = Literal["auto", "triton", "torch"]
+MAX_KERNEL_PARTICLES = 128
+MAX_KERNEL_ACTION_DIM = 64
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+logger = logging.getLogger("vgf_fast")
+
+
+# --- choosing a backend ----------------------------------------------------------------------------------------------
+
+
+def triton_installed() -> bool:
+    """Whether Triton can be imported; does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU (``TRITON_INTERPRET=1`` before the first import)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _kernel_obstacle(device: torch.device, particles: int, action_dim: int, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot take such tensors, or None."""
+    if not triton_installed():
+        return "Triton is not installed: pip install 'vgf_fast[triton]'"
+    if device.type != "cuda" and not triton_interpreted():
+        return f"the tensors are on {device}: Triton needs a GPU, or its interpreter (TRITON_INTERPRET=1)"
+    if particles > MAX_KERNEL_PARTICLES:
+        return f"particles is {particles}, the kernels' limit is {MAX_KERNEL_PARTICLES}"
+    if action_dim > MAX_KERNEL_ACTION_DIM:
+        return f"the action dimension is {action_dim}, the kernels' limit is {MAX_KERNEL_ACTION_DIM}"
+    if dtype not in _KERNEL_DTYPES:
+        return f"the particles are {dtype}, the kernels take float32, bfloat16 and float16"
+    return None
+
+
+@functools.cache
+def _say_fallback(obstacle: str) -> None:
+    logger.warning("backend='auto' uses torch: %s", obstacle)
+
+
+def resolve_backend(backend: str, device: torch.device, particles: int, action_dim: int, dtype: torch.dtype) -> str:
+    """ "triton" or "torch" for tensors of this kind.
+
+    Raises ``ValueError`` for an unknown backend, and for "triton" where its kernels cannot run, naming the limit.
+    """
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend is {backend!r}, expected 'auto', 'triton' or 'torch'")
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return "torch"
+    obstacle = _kernel_obstacle(device, particles, action_dim, dtype)
+    if obstacle is None:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"backend='triton' cannot run: {obstacle}")
+    _say_fallback(obstacle)
+    return "torch"
+
+
+# --- checking input --------------------------------------------------------------------------------------------------
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _check_tensor(name: str, tensor: object, expected: str, ndim: int) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor of shape {expected}")
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name} has shape {_shape(tensor)}, expected {expected}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating dtype")
+    return tensor
+
+
+def _check_device(name: str, tensor: Tensor, other: str, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, but {other} is on {device}: move one of them")
+
+
+def _check_same_shape(name: str, tensor: Tensor, other: str, shape: torch.Size) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {_shape(tensor)}, expected {tuple(shape)}, the shape of {other}")
+
+
+def _check_states(observations: object, other: str, device: torch.device, width: int | None) -> Tensor:
+    tensor = _check_tensor("observations", observations, "(B, O)", 2)
+    _check_device("observations", tensor, other, device)
+    if width is not None and tensor.shape[1] != width:
+        raise ValueError(f"observations has shape {_shape(tensor)}, expected (*, {width}): {other}'s observation_dim")
+    return tensor
+
+
+def _check_particles(
+    name: str, particles: object, observations: Tensor, other: str, device: torch.device, width: int | None
+) -> Tensor:
+    tensor = _check_tensor(name, particles, "(B, N, A)", 3)
+    _check_device(name, tensor, other, device)
+    if tensor.shape[0] != observations.shape[0] or tensor.shape[1] < 1:
+        raise ValueError(
+            f"{name} has shape {_shape(tensor)}, expected ({observations.shape[0]}, N >= 1, A): one row of particles "
+            f"for each of the {observations.shape[0]} observations"
+        )
+    if width is not None and tensor.shape[2] != width:
+        raise ValueError(f"{name} has shape {_shape(tensor)}, expected (*, *, {width}): {other}'s action_dim")
+    return tensor
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0.0:
+        raise ValueError(f"temperature is {temperature!r}, expected a number > 0")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def _particle_dtype(tensor: Tensor) -> torch.dtype:
+    """Particles are float32 at least: a small step would be lost in bfloat16."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _critic_weights(critic: EnsembleMLP | MLPWeights) -> tuple[MLPWeights, int | None, int | None]:
+    """Weights, observation and action width of a critic; widths are None where only their sum is known."""
+    if isinstance(critic, EnsembleMLP):
+        return critic.stacked(), critic.observation_dim, critic.action_dim
+    if isinstance(critic, MLPWeights):
+        return critic, None, None
+    raise TypeError(f"critic is a {type(critic).__name__}, expected an EnsembleMLP or MLPWeights")
+
+
+def _check_critic_input(
+    critic: EnsembleMLP | MLPWeights, observations: object, particles: object, name: str
+) -> tuple[MLPWeights, Tensor, Tensor]:
+    weights, observation_dim, action_dim = _critic_weights(critic)
+    device = weights.weights[0].device
+    states = _check_states(observations, "the critic", device, observation_dim)
+    x = _check_particles(name, particles, states, "the critic", device, action_dim)
+    width = weights.weights[0].shape[1]
+    if states.shape[1] + x.shape[2] != width:
+        raise ValueError(
+            f"observations and {name} have {states.shape[1]} + {x.shape[2]} columns, expected {width}: the critic's"
+        )
+    return weights, states, x
+
+
+# --- the API ---------------------------------------------------------------------------------------------------------
+
+
+def critic_value_and_score(
+    critic: EnsembleMLP | MLPWeights,
+    observations: Tensor,
+    actions: Tensor,
+    q_aggregation: str = "mean",
+    *,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Q of every member, and the gradient of the aggregated Q with respect to the action.
+
+    observations [B, O], actions [B, N, A] -> q [E, B, N], score [B, N, A]; no autograd graph. ``q_aggregation`` is
+    "mean" or "min" over members; the gradient of the minimum is that of the smallest member, action by action.
+    Raises ``ValueError`` or ``TypeError`` naming the argument whose shape, dtype or device is wrong.
+    """
+    weights, states, x = _check_critic_input(critic, observations, actions, "actions")
+    _check_choice("q_aggregation", q_aggregation, ("mean", "min"))
+    resolve_backend(backend, x.device, x.shape[1], x.shape[2], _particle_dtype(x))
+    x = x.to(_particle_dtype(x))
+    return reference.CriticAtStates(weights, states).values_and_score(x, q_aggregation)
+
+
+def svgd_direction(
+    particles: Tensor,
+    score: Tensor,
+    temperature: float,
+    bandwidth_gradient: bool = False,
+    repulsion: bool = True,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """phi_i = (1/N) [ (1/alpha) sum_j K_ij G_j + 2 gamma sum_j K_ij (x_i - x_j) ], RBF kernel of median bandwidth.
+
+    particles, score [B, N, A] -> phi [B, N, A]. ``bandwidth_gradient=True`` differentiates the median too, as the
+    public release does; ``repulsion=False`` is the paper's simplified direction (1/N) sum_j K_ij G_j.
+    Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong.
+    """
+    x = _check_tensor("particles", particles, "(B, N, A)", 3)
+    if x.shape[1] < 1:
+        raise ValueError(f"particles has shape {_shape(x)}, expected (B, N >= 1, A)")
+    g = _check_tensor("score", score, "(B, N, A)", 3)
+    _check_same_shape("score", g, "particles", x.shape)
+    _check_device("score", g, "particles", x.device)
+    _check_temperature(temperature)
+    dtype = _particle_dtype(x)
+    if resolve_backend(backend, x.device, x.shape[1], x.shape[2], dtype) == "triton":
+        from vgf_fast.kernels import svgd
+
+        return svgd.svgd_direction(x, g, temperature, bandwidth_gradient, repulsion).to(dtype)
+    return reference.svgd_direction(x.to(dtype), g.to(dtype), temperature, bandwidth_gradient, repulsion)
+
+
+def behavior_flow(
+    velocity: VelocityField | MLPWeights, observations: Tensor, noise: Tensor, steps: int, *, backend: Backend = "auto"
+) -> Tensor:
+    """Draw particles: ``steps`` Euler steps of the flow-matching sampler from ``noise``, then clip to [-1, 1].
+
+    observations [B, O], noise [B, N, A] -> particles [B, N, A].
+    Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong.
+    """
+    if isinstance(velocity, VelocityField):
+        weights, observation_dim, action_dim = velocity.stacked(), velocity.observation_dim, velocity.action_dim
+    elif isinstance(velocity, MLPWeights):
+        weights, observation_dim, action_dim = velocity, None, velocity.weights[-1].shape[2]
+    else:
+        raise TypeError(f"velocity is a {type(velocity).__name__}, expected a VelocityField or MLPWeights")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}, expected an integer >= 1")
+    device = weights.weights[0].device
+    states = _check_states(observations, "the velocity field", device, observation_dim)
+    x = _check_particles("noise", noise, states, "the velocity field", device, action_dim)
+    width = weights.weights[0].shape[1]
+    if states.shape[1] + x.shape[2] + 1 != width:
+        raise ValueError(
+            f"observations, noise and time have {states.shape[1]} + {x.shape[2]} + 1 columns, expected {width}: the "
+            "velocity field's input"
+        )
+    dtype = _particle_dtype(x)
+    resolve_backend(backend, x.device, x.shape[1], x.shape[2], dtype)
+    return reference.behavior_flow(weights, states, x.to(dtype), steps)
+
+
+def value_gradient_flow(
+    critic: EnsembleMLP | MLPWeights,
+    observations: Tensor,
+    particles: Tensor,
+    budget: TransportBudget,
+    q_aggregation: str = "mean",
+    bandwidth_gradient: bool = False,
+    repulsion: bool = True,
+    optimizer: str = "adam",
+    return_trajectory: bool = False,
+    *,
+    evaluate: bool = True,
+    backend: Backend = "auto",
+) -> FlowResult:
+    """Move particles within a transport budget along the gradient flow of KL(. || exp(Q / alpha)).
+
+    observations [B, O], particles [B, N, A] -> FlowResult(particles [B, N, A], q [E, B, N], trajectory
+    [L + 1, B, N, A] or None). Every step ends with a clip to [-1, 1]; ``optimizer`` is "adam" (its moments start at
+    zero) or "ascent", the paper's plain equation. ``evaluate=False`` leaves q out. The given particles are not written.
+    Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong.
+    """
+    weights, states, x = _check_critic_input(critic, observations, particles, "particles")
+    if not isinstance(budget, TransportBudget):
+        raise TypeError(f"budget is a {type(budget).__name__}, expected a TransportBudget")
+    _check_choice("q_aggregation", q_aggregation, ("mean", "min"))
+    _check_choice("optimizer", optimizer, ("adam", "ascent"))
+    dtype = _particle_dtype(x)
+    step_ = reference.svgd_step_
+    if resolve_backend(backend, x.device, x.shape[1], x.shape[2], dtype) == "triton":
+        from vgf_fast.kernels import svgd
+
+        step_ = svgd.svgd_step_
+    return reference.value_gradient_flow(
+        weights,
+        states,
+        x.to(dtype),
+        budget.steps,
+        budget.step_size,
+        budget.temperature,
+        q_aggregation,
+        bandwidth_gradient,
+        repulsion,
+        optimizer,
+        return_trajectory,
+        evaluate,
+        step_,
+    )
+
+
+def select_particle(
+    particles: Tensor,
+    q: Tensor,
+    mode: str = "max",
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+    *,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Choose one particle a state: particles [B, N, A], q [B, N] -> (action [B, A], index [B]).
+
+    "max": the largest q, the first among equals. "softmax": probability proportional to exp(q / temperature).
+    "random": every particle alike. The latter two draw one number a state from ``generator``.
+    Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong.
+    """
+    x = _check_tensor("particles", particles, "(B, N, A)", 3)
+    values = _check_tensor("q", q, "(B, N)", 2)
+    if values.shape != x.shape[:2] or x.shape[1] < 1:
+        raise ValueError(
+            f"q has shape {_shape(values)}, expected {tuple(x.shape[:2])} with N >= 1: one value a particle"
+        )
+    _check_device("q", values, "particles", x.device)
+    _check_choice("mode", mode, ("max", "softmax", "random"))
+    _check_temperature(temperature)
+    uniform = None
+    if mode != "max":
+        uniform = torch.rand(x.shape[0], device=x.device, dtype=torch.float32, generator=generator)
+    if resolve_backend(backend, x.device, x.shape[1], x.shape[2], x.dtype) == "triton":
+        from vgf_fast.kernels import selection
+
+        return selection.select_particle(x, values, mode, temperature, uniform)
+    return reference.select_particle(x, values, mode, temperature, uniform)
+
+
+def td_target(
+    q: Tensor,
+    rewards: Tensor,
+    masks: Tensor,
+    discount: float,
+    q_aggregation: str = "min",
+    reduce: str = "mean",
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """TD target y = r + discount * mask * reduce_n Q_agg(s', x_n): q [E, B, N], rewards [B], masks [B] -> y [B].
+
+    Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong.
+    """
+    values = _check_tensor("q", q, "(E, B, N)", 3)
+    if values.shape[0] < 1 or values.shape[2] < 1:
+        raise ValueError(f"q has shape {_shape(values)}, expected (E >= 1, B, N >= 1)")
+    for name, tensor in (("rewards", rewards), ("masks", masks)):
+        _check_tensor(name, tensor, "(B,)", 1)
+        _check_device(name, tensor, "q", values.device)
+        if tensor.shape[0] != values.shape[1]:
+            raise ValueError(f"{name} has shape {_shape(tensor)}, expected ({values.shape[1]},): one number a state")
+    _check_choice("q_aggregation", q_aggregation, ("mean", "min"))
+    _check_choice("reduce", reduce, ("mean", "max"))
+    if resolve_backend(backend, values.device, values.shape[2], 1, values.dtype) == "triton":
+        from vgf_fast.kernels import selection
+
+        return selection.td_target(values, rewards, masks, discount, q_aggregation, reduce)
+    return reference.td_target(values, rewards, masks, discount, q_aggregation, reduce)

@@ -1,0 +1,330 @@
+"""Learner: one training update of VGF, fitting to a dataset, and checkpoints that resume exactly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vgf_fast import checkpoints, functional, reference
+from vgf_fast.config import TrainConfig, VGFConfig
+from vgf_fast.functional import Backend
+from vgf_fast.networks import VelocityField
+from vgf_fast.policy import VGFPolicy
+from vgf_fast.progress import progress_bar
+from vgf_fast.reference import MLPWeights
+
+if TYPE_CHECKING:
+    from vgf_fast.data.dataset import Dataset
+
+LEARNER_FILE = "learner.safetensors"
+BATCH_FIELDS = ("observations", "actions", "next_observations", "rewards", "masks")
+
+
+class Learner:
+    """Trains a policy in place. Every random number comes from ``learner.generator``, seeded with ``config.seed``."""
+
+    def __init__(self, policy: VGFPolicy, config: TrainConfig | None = None) -> None:
+        config = TrainConfig() if config is None else config
+        if not isinstance(policy, VGFPolicy):
+            raise TypeError(f"policy is a {type(policy).__name__}, expected a VGFPolicy")
+        if not isinstance(config, TrainConfig):
+            raise TypeError(f"config is a {type(config).__name__}, expected a TrainConfig")
+        if policy.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"the policy's weights are {policy.dtype}, expected float32 or float64: for bfloat16 matrix "
+                "products use TrainConfig(precision='bfloat16')"
+            )
+        self.policy = policy
+        self.config = config
+        self.step = 0
+        self.generator = torch.Generator(policy.device).manual_seed(config.seed)
+        rates = (config.critic_learning_rate, config.behavior_learning_rate)
+        self._optimizers = {
+            name: torch.optim.Adam(module.parameters(), lr=rate, eps=1e-8, fused=True)
+            for name, module, rate in zip(("critic", "behavior"), (policy.critic, policy.behavior), rates, strict=True)
+        }
+
+    # --- one update -------------------------------------------------------------------------------------------------
+
+    def update(
+        self, batch: Mapping[str, Any], noise: Mapping[str, Any] | None = None, *, check: bool = True
+    ) -> dict[str, Tensor]:
+        """One update of critic, target critic and behaviour model; returns scalar tensors to log.
+
+        ``batch``: observations and next_observations [B, O], actions [B, A], rewards [B], masks [B] (1 = bootstrap).
+        ``noise``: particles [B, N, A], bc_x0 [B, A], bc_t [B, 1] instead of numbers drawn from ``generator``.
+        The order is the release's: TD target from the online critic's flow and the target critic; the target critic
+        moves towards the critic as it was before its gradient step. (ALGORITHM: learning.)
+        ``check=False`` skips looking at the values of a batch known to be finite, such as a ``Dataset``'s.
+        Raises ``ValueError`` or ``TypeError`` naming the field that is wrong; then nothing was changed.
+        """
+        policy, config = self.policy, self.config
+        data = self._batch(batch, check)
+        draws = self._noise(noise, len(data["rewards"]))
+        critic, target_critic, behavior = (
+            self._compute_weights(module.stacked()) for module in (policy.critic, policy.target_critic, policy.behavior)
+        )
+
+        drawn = policy.draw_particles(data["next_observations"], draws["particles"], behavior.detach())
+        moved = policy.flow_particles(
+            data["next_observations"], drawn, policy.config.train_budget, critic.detach(), evaluate=False
+        ).particles
+        next_q = reference.CriticAtStates(target_critic, data["next_observations"]).values(moved)
+        target = functional.td_target(
+            next_q,
+            data["rewards"],
+            data["masks"],
+            config.discount,
+            policy.config.target_q_aggregation,
+            config.target_reduce,
+            backend=policy.backend,
+        )
+
+        q = reference.member_values(critic, data["observations"], data["actions"])
+        critic_loss = self._critic_loss(q, target)
+        behavior_loss = self._behavior_loss(behavior, data, draws)
+        for optimizer in self._optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        (critic_loss + behavior_loss).backward()
+        # Before the gradient step: the release blends in the critic the gradient was taken at.
+        reference.polyak_(list(policy.target_critic.parameters()), list(policy.critic.parameters()), config.tau)
+        for optimizer in self._optimizers.values():
+            optimizer.step()
+        self.step += 1
+        return {
+            "critic_loss": critic_loss.detach(),
+            "bc_loss": behavior_loss.detach(),
+            "q_mean": q[0].detach().mean(),
+            "target_mean": target.mean(),
+            "bc_flow_var": _particle_variance(drawn),
+            "vgf_var": _particle_variance(moved),
+        }
+
+    def _compute_weights(self, weights: MLPWeights) -> MLPWeights:
+        return weights.to(torch.bfloat16) if self.config.precision == "bfloat16" else weights
+
+    def _critic_loss(self, q: Tensor, target: Tensor) -> Tensor:
+        if self.config.critic_loss == "td":
+            return reference.td_loss(q, target)
+        if self.config.critic_loss == "expectile":
+            return reference.expectile_loss(q, target, self.config.expectile)
+        return reference.sql_loss(q, target, self.config.expectile)
+
+    def _behavior_loss(self, weights: MLPWeights, data: dict[str, Tensor], draws: dict[str, Tensor]) -> Tensor:
+        behavior = self.policy.behavior
+        if isinstance(behavior, VelocityField):
+            x, velocity = reference.flow_matching_inputs(data["actions"], draws["bc_x0"], draws["bc_t"])
+            inputs = torch.cat([data["observations"], x, draws["bc_t"]], dim=-1)
+            return reference.flow_matching_loss(reference.mlp_forward(weights, inputs).squeeze(0).to(x.dtype), velocity)
+        mean = reference.mlp_forward(weights, data["observations"]).squeeze(0).to(data["actions"].dtype)
+        return -reference.gaussian_log_likelihood(mean, behavior.log_std, data["actions"], behavior.tanh).mean()
+
+    def _batch(self, batch: Mapping[str, Any], check: bool) -> dict[str, Tensor]:
+        missing = [name for name in BATCH_FIELDS if name not in batch]
+        if missing:
+            raise ValueError(f"batch lacks {', '.join(missing)}; it needs {', '.join(BATCH_FIELDS)}")
+        size = len(batch["rewards"])
+        if size < 1:
+            raise ValueError("batch is empty, expected at least one transition")
+        observation, action = (size, self.policy.config.observation_dim), (size, self.policy.config.action_dim)
+        shapes = dict(zip(BATCH_FIELDS, (observation, action, observation, (size,), (size,)), strict=True))
+        data = {}
+        for name, shape in shapes.items():
+            tensor = self._tensor(f"batch[{name!r}]", batch[name], shape)
+            if check and tensor.device.type == "cpu" and not torch.isfinite(tensor).all():
+                row = _first_row(~torch.isfinite(tensor))
+                raise ValueError(f"batch[{name!r}] has NaN or infinity in row {row}, expected finite numbers")
+            data[name] = tensor
+        outside = data["actions"].abs() > 1.0
+        if check and outside.device.type == "cpu" and outside.any():
+            row = _first_row(outside)
+            raise ValueError(f"batch['actions'] leaves [-1, 1] in row {row}: {data['actions'][row].tolist()}")
+        return data
+
+    def _tensor(self, name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
+        tensor = torch.as_tensor(value)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating dtype")
+        if isinstance(value, Tensor) and tensor.device != self.policy.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, but the policy is on {self.policy.device}: move one of them"
+            )
+        return tensor.to(self.policy.device, self.policy.dtype)
+
+    def _noise(self, noise: Mapping[str, Any] | None, size: int) -> dict[str, Tensor]:
+        config = self.policy.config
+        shapes: dict[str, tuple[int, ...]] = {"particles": (size, config.particles, config.action_dim)}
+        if config.behavior == "flow":
+            shapes |= {"bc_x0": (size, config.action_dim), "bc_t": (size, 1)}
+        if noise is not None:
+            missing = [name for name in shapes if name not in noise]
+            if missing:
+                raise ValueError(f"noise lacks {', '.join(missing)}; it needs {', '.join(shapes)}")
+            return {name: self._tensor(f"noise[{name!r}]", noise[name], shape) for name, shape in shapes.items()}
+        draw = {"bc_t": torch.Tensor.uniform_}
+        return {
+            name: draw.get(name, torch.Tensor.normal_)(
+                torch.empty(shape, device=self.policy.device, dtype=self.policy.dtype), generator=self.generator
+            )
+            for name, shape in shapes.items()
+        }
+
+    # --- many updates -----------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        dataset: Dataset,
+        steps: int,
+        eval_env: Callable[[], Any] | None = None,
+        *,
+        eval_interval: int = 100_000,
+        eval_episodes: int = 50,
+        eval_flow_steps: Sequence[int] = (0, 1, 2, 3),
+        eval_num_envs: int = 10,
+        log_interval: int = 1_000,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_interval: int = 100_000,
+        on_log: Callable[[dict[str, float]], None] | None = None,
+        progress: bool = True,
+    ) -> list[dict[str, float]]:
+        """Do ``steps`` more updates on batches drawn from a dataset; returns the logged records.
+
+        ``eval_env`` makes one environment; every ``eval_interval`` updates and at the end it is evaluated for
+        each of ``eval_flow_steps`` flow steps (L_test). A record holds ``step`` and the metrics of that update, or an
+        evaluation's, and is passed to ``on_log``. ``checkpoint_dir`` is saved to every ``checkpoint_interval`` updates,
+        at the end, and when interrupted (Ctrl-C, or any error), so that ``Learner.resume`` goes on from there.
+        Intervals are counted in ``learner.step``, so that a resumed run logs, evaluates and saves at the same steps.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"steps is {steps!r}, expected an integer >= 0")
+        for name, size in (("observation_dim", dataset.observation_dim), ("action_dim", dataset.action_dim)):
+            if size != getattr(self.policy.config, name):
+                raise ValueError(
+                    f"the dataset's {name} is {size}, expected {getattr(self.policy.config, name)}: config.{name}"
+                )
+        records: list[dict[str, float]] = []
+
+        def log(record: dict[str, float]) -> None:
+            records.append(record)
+            if on_log is not None:
+                on_log(record)
+
+        end = self.step + steps
+        saved_at = -1
+        try:
+            with progress_bar("training", total=steps, enabled=progress) as advance:
+                while self.step < end:
+                    batch = dataset.sample(self.config.batch_size, self.generator)
+                    metrics = self.update(batch, check=False)
+                    last = self.step == end
+                    if self.step % log_interval == 0 or last:
+                        log({"step": self.step, **{name: value.item() for name, value in metrics.items()}})
+                    if eval_env is not None and (self.step % eval_interval == 0 or last):
+                        log(
+                            {
+                                "step": self.step,
+                                **self._evaluate(eval_env, eval_episodes, eval_flow_steps, eval_num_envs),
+                            }
+                        )
+                    if checkpoint_dir is not None and (self.step % checkpoint_interval == 0 or last):
+                        self.save(checkpoint_dir)
+                        saved_at = self.step
+                    advance()
+        finally:
+            if checkpoint_dir is not None and saved_at != self.step:
+                self.save(checkpoint_dir)
+        return records
+
+    def _evaluate(
+        self, make_env: Callable[[], Any], episodes: int, flow_steps: Sequence[int], num_envs: int
+    ) -> dict[str, float]:
+        from vgf_fast.evaluation import evaluate
+
+        record = {}
+        for result in evaluate(
+            self.policy,
+            make_env,
+            episodes=episodes,
+            flow_steps=flow_steps,
+            seed=self.config.seed,
+            num_envs=num_envs,
+            progress=False,
+        ):
+            record[f"return/{result.label}"] = result.return_mean
+            if result.success_mean is not None:
+                record[f"success/{result.label}"] = result.success_mean
+        return record
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write everything a resumed run needs to ``learner.safetensors`` in a directory, whole or not at all."""
+        tensors: dict[str, Tensor] = {f"policy/{name}": p for name, p in self.policy.named_parameters()}
+        for name, optimizer in self._optimizers.items():
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"{name}_optimizer/{index}/{key}": value for key, value in state.items()}
+        tensors["generator/learner"] = self.generator.get_state()
+        tensors["generator/policy"] = self.policy.generator.get_state()
+        header = {
+            "policy": self.policy.config.to_dict(),
+            "train": self.config.to_dict(),
+            "step": self.step,
+            "device": self.policy.device.type,
+            "policy_seed": self.policy.seed,
+        }
+        path = Path(directory)
+        checkpoints.save_tensors(path / LEARNER_FILE, "learner", tensors, header)
+        return path
+
+    @classmethod
+    def resume(
+        cls, directory: str | os.PathLike[str], device: str | torch.device | None = None, backend: Backend = "auto"
+    ) -> Learner:
+        """Read what ``save`` wrote, policy included. On the same machine's CPU, bit for bit as if never interrupted.
+
+        On another kind of device than the one it was saved on, the generators start afresh from their seeds.
+        Raises ``FileNotFoundError`` or ``checkpoints.CheckpointError``.
+        """
+        path = Path(directory) / LEARNER_FILE
+        tensors, header = checkpoints.load_tensors(path, "learner")
+        try:
+            policy_config, config = VGFConfig.from_dict(header["policy"]), TrainConfig.from_dict(header["train"])
+            step, device_type, seed = header["step"], header["device"], header["policy_seed"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise checkpoints.CheckpointError(f"{path} has a header that cannot be read: {error}") from error
+        parameters = {name.removeprefix("policy/"): t for name, t in tensors.items() if name.startswith("policy/")}
+        policy = VGFPolicy(policy_config, backend=backend, seed=seed).to(next(iter(parameters.values())).dtype)
+        checkpoints.load_module_tensors(policy, parameters, str(path))
+        learner = cls(policy.to(device) if device is not None else policy, config)
+        learner.step = step
+        for name, optimizer in learner._optimizers.items():
+            state = optimizer.state_dict()
+            for key, tensor in tensors.items():
+                if key.startswith(f"{name}_optimizer/"):
+                    _, index, entry = key.split("/")
+                    # A copy, aligned as a fresh tensor is: the file's own buffer need not be.
+                    state["state"].setdefault(int(index), {})[entry] = tensor.clone()
+            optimizer.load_state_dict(state)
+        if device_type == policy.device.type:
+            learner.generator.set_state(tensors["generator/learner"])
+            policy.generator.set_state(tensors["generator/policy"])
+        return learner
+
+
+def _first_row(marked: Tensor) -> int:
+    """Index of the first row of ``marked`` that holds a True."""
+    return int(marked.reshape(len(marked), -1).any(dim=1).nonzero()[0].item())
+
+
+def _particle_variance(particles: Tensor) -> Tensor:
+    """Mean over states and action entries of the variance over particles; zero for a single particle."""
+    if particles.shape[1] < 2:
+        return particles.new_zeros(())
+    return particles.var(dim=1, correction=1).mean()

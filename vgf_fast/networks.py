@@ -1,0 +1,147 @@
+"""Networks with stacked parameters [E, in, out]: critic ensemble, velocity field, Gaussian behaviour model.
+
+Initialisation is the public release's: variance scaling 1, fan average, uniform; biases zero.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vgf_fast import reference
+from vgf_fast.reference import MLPWeights
+
+
+class StackedMLP(nn.Module):
+    """E multi-layer perceptrons of one shape with stacked parameters.
+
+    Per hidden layer: linear, LayerNorm (eps 1e-6, affine; optional), activation; the last layer is linear.
+    Parameters: ``weights[i]`` [E, in, out], ``biases[i]`` [E, out], ``norm_scales[i]`` and ``norm_biases[i]`` [E, out].
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dims: tuple[int, ...],
+        output_dim: int,
+        members: int = 1,
+        layer_norm: bool = False,
+        activation: str = "relu",
+        output_scale: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        widths = (input_dim, *hidden_dims, output_dim)
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+            scale = output_scale if i + 2 == len(widths) else 1.0
+            limit = math.sqrt(6.0 * scale / (fan_in + fan_out))
+            weight = torch.empty(members, fan_in, fan_out, dtype=torch.float32)
+            self.weights.append(nn.Parameter(weight.uniform_(-limit, limit, generator=generator)))
+            self.biases.append(nn.Parameter(torch.zeros(members, fan_out, dtype=torch.float32)))
+        normed = hidden_dims if layer_norm else ()
+        self.norm_scales = nn.ParameterList(nn.Parameter(torch.ones(members, w, dtype=torch.float32)) for w in normed)
+        self.norm_biases = nn.ParameterList(nn.Parameter(torch.zeros(members, w, dtype=torch.float32)) for w in normed)
+
+    def stacked(self) -> MLPWeights:
+        """The parameters as the backends take them; no copy."""
+        return MLPWeights(
+            tuple(self.weights), tuple(self.biases), tuple(self.norm_scales), tuple(self.norm_biases), self.activation
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [R, in] -> [E, R, out]; differentiable."""
+        return reference.mlp_forward(self.stacked(), x)
+
+    @property
+    def input_dim(self) -> int:
+        """Length of one input vector."""
+        return self.weights[0].shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return self.weights[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return self.weights[0].device
+
+
+class EnsembleMLP(StackedMLP):
+    """Critic: E values Q_e(s, a)."""
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        hidden_dims: tuple[int, ...] = (512, 512, 512, 512),
+        members: int = 2,
+        layer_norm: bool = True,
+        activation: str = "relu",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(
+            observation_dim + action_dim, hidden_dims, 1, members, layer_norm, activation, generator=generator
+        )
+        self.observation_dim = observation_dim
+        self.action_dim = action_dim
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:  # type: ignore[override]
+        """Q of every member: observations [B, O], actions [B, A] -> [E, B]; differentiable."""
+        return reference.member_values(self.stacked(), observations, actions)
+
+
+class VelocityField(StackedMLP):
+    """Flow-matching velocity v(s, x, t) of the behaviour model."""
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        hidden_dims: tuple[int, ...] = (512, 512, 512, 512),
+        layer_norm: bool = False,
+        activation: str = "relu",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(
+            observation_dim + action_dim + 1, hidden_dims, action_dim, 1, layer_norm, activation, generator=generator
+        )
+        self.observation_dim = observation_dim
+        self.action_dim = action_dim
+
+    def forward(self, observations: Tensor, x: Tensor, time: Tensor) -> Tensor:  # type: ignore[override]
+        """Velocity: observations [B, O], x [B, A], time [B, 1] -> [B, A]; differentiable."""
+        return super().forward(torch.cat([observations, x, time], dim=-1)).squeeze(0)
+
+
+class GaussianBehavior(StackedMLP):
+    """Gaussian behaviour model: mean from the state, one log standard deviation an action entry, tanh optional."""
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        hidden_dims: tuple[int, ...] = (512, 512, 512, 512),
+        layer_norm: bool = False,
+        activation: str = "relu",
+        tanh: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(
+            observation_dim, hidden_dims, action_dim, 1, layer_norm, activation, output_scale=0.01, generator=generator
+        )
+        self.observation_dim = observation_dim
+        self.action_dim = action_dim
+        self.tanh = tanh
+        self.log_std = nn.Parameter(torch.zeros(action_dim, dtype=torch.float32))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Mean before the squash: observations [B, O] -> [B, A]; differentiable."""
+        return super().forward(observations).squeeze(0)

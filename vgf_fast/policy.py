@@ -1,0 +1,389 @@
+"""VGFPolicy: draw particles from the behaviour model, move them along the critic's value gradient, act with one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from vgf_fast import checkpoints, functional, reference
+from vgf_fast.config import TransportBudget, VGFConfig, config_from_reference
+from vgf_fast.functional import Backend
+from vgf_fast.networks import EnsembleMLP, GaussianBehavior, VelocityField
+from vgf_fast.reference import FlowResult, MLPWeights
+
+MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+
+class VGFPolicy(nn.Module):
+    """The particles are the policy: ``policy.critic`` moves what ``policy.behavior`` draws.
+
+    ``config`` says what is computed, ``device`` where (default: the CPU), ``backend`` how (``vgf_fast.functional``).
+    ``seed`` fixes the initial weights and the policy's own random numbers. Move and cast it as any ``nn.Module``;
+    particles stay float32 at least.
+    """
+
+    def __init__(
+        self,
+        config: VGFConfig,
+        device: str | torch.device | None = None,
+        backend: Backend = "auto",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(config, VGFConfig):
+            raise TypeError(f"config is a {type(config).__name__}, expected a VGFConfig")
+        self.config = config
+        self.backend: Backend = backend
+        self.seed = seed
+        init = torch.Generator().manual_seed(seed)
+        sizes = (config.observation_dim, config.action_dim)
+        self.critic = EnsembleMLP(
+            *sizes, config.hidden_dims, config.members, config.layer_norm, config.activation, generator=init
+        )
+        self.target_critic = EnsembleMLP(
+            *sizes, config.hidden_dims, config.members, config.layer_norm, config.activation, generator=init
+        )
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        self.target_critic.requires_grad_(False)
+        behavior = (*sizes, config.behavior_hidden_dims, config.behavior_layer_norm, config.activation)
+        self.behavior: VelocityField | GaussianBehavior
+        if config.behavior == "flow":
+            self.behavior = VelocityField(*behavior, generator=init)
+        else:
+            self.behavior = GaussianBehavior(*behavior, config.gaussian_tanh, generator=init)
+        self._generator: torch.Generator | None = None
+        if device is not None:
+            self.to(device)
+        functional.resolve_backend(backend, self.device, config.particles, config.action_dim, torch.float32)
+
+    # --- what a caller may ask --------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.critic.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.critic.dtype
+
+    @property
+    def particle_dtype(self) -> torch.dtype:
+        """Of particles and actions: float32, or float64 when the weights are."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Random numbers of acting, on the policy's device; seeded with ``seed`` when first used there."""
+        if self._generator is None or self._generator.device != self.device:
+            self._generator = torch.Generator(self.device).manual_seed(self.seed)
+        return self._generator
+
+    # --- acting -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample_actions(
+        self,
+        observations: Tensor | ArrayLike,
+        flow_steps: int | None = None,
+        noise: Tensor | ArrayLike | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        selection: str | None = None,
+    ) -> Tensor:
+        """Actions for one observation [O] -> [A] or a batch [B, O] -> [B, A], on the policy's device.
+
+        ``flow_steps`` overrides the number of steps of ``config.test_budget`` (0 is best-of-N), ``selection`` how a
+        particle is chosen. ``noise`` [N, A] or [B, N, A] are the standard normal numbers the particles start from; else
+        they come from ``generator``, else from the policy's own.
+        Raises ``ValueError`` or ``TypeError`` for wrong shapes, dtypes, or numbers that are not finite.
+        """
+        states, single = self._states(observations)
+        budget = self._test_budget(flow_steps)
+        generator = generator or self.generator
+        x = self.draw_particles(states, self._noise(noise, len(states), single, generator))
+        result = self.flow_particles(states, x, budget)
+        assert result.q is not None
+        values = reference.aggregate(result.q, self.config.target_q_aggregation)
+        action, _ = functional.select_particle(
+            result.particles,
+            values,
+            selection or self.config.selection,
+            self.config.selection_temperature,
+            generator,
+            backend=self.backend,
+        )
+        return action.squeeze(0) if single else action
+
+    def predict(
+        self,
+        observation: NDArray[Any] | Tensor,
+        state: tuple[NDArray[Any], ...] | None = None,
+        episode_start: NDArray[Any] | None = None,
+        deterministic: bool = True,
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
+        """Stable-Baselines3's signature: observation [O] or [B, O] -> (NumPy action [A] or [B, A], state).
+
+        ``deterministic=True`` starts the particles of every observation from the same numbers and takes the best one:
+        equal observations get equal actions. ``state`` is returned as it came: the policy has
+        no memory.
+        """
+        if not deterministic:
+            return self.sample_actions(observation).cpu().numpy(), state
+        states, single = self._states(observation)
+        fixed = torch.Generator().manual_seed(self.seed)
+        noise = torch.randn(self.config.particles, self.config.action_dim, generator=fixed, dtype=torch.float32)
+        noise = noise.expand(len(states), -1, -1)
+        action = self.sample_actions(states, noise=noise, selection="max").cpu().numpy()
+        return action[0] if single else action, state
+
+    def select_action(self, observation: Mapping[str, Any] | Tensor | NDArray[Any]) -> Tensor:
+        """LeRobot's: an observation [O] or [B, O], or a dict with it under "observation.state" -> action."""
+        if not isinstance(observation, Mapping):
+            return self.sample_actions(observation)
+        if "observation.state" not in observation:
+            raise ValueError(f"observation has keys {sorted(observation)}, expected 'observation.state' among them")
+        return self.sample_actions(observation["observation.state"])
+
+    def reset(self) -> None:
+        """LeRobot's, called when an episode begins: the policy has no memory, so nothing changes."""
+
+    # --- the parts of acting and of learning ------------------------------------------------------------------------
+
+    def draw_particles(self, observations: Tensor, noise: Tensor, weights: MLPWeights | None = None) -> Tensor:
+        """Particles of the behaviour model: observations [B, O], noise [B, N, A] -> [B, N, A] in [-1, 1].
+
+        ``weights`` replaces the behaviour model's, for instance by a copy in bfloat16.
+        """
+        behavior = self.behavior
+        weights = weights or behavior.stacked()
+        if isinstance(behavior, VelocityField):
+            steps = self.config.behavior_steps
+            return functional.behavior_flow(weights, observations, noise, steps, backend=self.backend)
+        mean = reference.mlp_forward(weights.detach(), observations).squeeze(0).to(noise.dtype)
+        return reference.gaussian_sample(mean, behavior.log_std.detach().to(noise.dtype), noise, behavior.tanh)
+
+    def flow_particles(
+        self,
+        observations: Tensor,
+        particles: Tensor,
+        budget: TransportBudget,
+        weights: MLPWeights | None = None,
+        *,
+        evaluate: bool = True,
+        return_trajectory: bool = False,
+    ) -> FlowResult:
+        """Move particles [B, N, A] within a budget by the critic; ``weights`` replaces the critic's."""
+        return functional.value_gradient_flow(
+            weights or self.critic,
+            observations,
+            particles,
+            budget,
+            self.config.flow_q_aggregation,
+            self.config.bandwidth_gradient,
+            self.config.repulsion,
+            self.config.particle_optimizer,
+            return_trajectory,
+            evaluate=evaluate,
+            backend=self.backend,
+        )
+
+    # --- input ------------------------------------------------------------------------------------------------------
+
+    def _as_tensor(self, name: str, value: Tensor | ArrayLike, dtype: torch.dtype) -> Tensor:
+        if isinstance(value, Tensor):
+            tensor = value
+            if tensor.device != self.device:
+                raise ValueError(f"{name} is on {tensor.device}, but the policy is on {self.device}: move one of them")
+        else:
+            array = np.asarray(value)
+            if array.dtype == object:
+                raise TypeError(f"{name} is a {type(value).__name__}, expected numbers")
+            tensor = torch.as_tensor(array, device=self.device)
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating dtype")
+        return tensor.to(dtype)
+
+    def _states(self, observations: Tensor | ArrayLike) -> tuple[Tensor, bool]:
+        states = self._as_tensor("observations", observations, self.particle_dtype)
+        width = self.config.observation_dim
+        if states.ndim not in (1, 2) or states.shape[-1] != width:
+            raise ValueError(
+                f"observations has shape {tuple(states.shape)}, expected ({width},) or (*, {width}): "
+                "config.observation_dim"
+            )
+        # On a GPU the check would stall the launch queue for every action.
+        if states.device.type == "cpu" and not torch.isfinite(states).all():
+            bad = (~torch.isfinite(states.reshape(-1, width))).any(dim=1).nonzero()[0].item()
+            raise ValueError(f"observations has NaN or infinity in row {bad}, expected finite numbers")
+        single = states.ndim == 1
+        return (states.unsqueeze(0) if single else states), single
+
+    def _noise(self, noise: Tensor | ArrayLike | None, batch: int, single: bool, generator: torch.Generator) -> Tensor:
+        shape = (batch, self.config.particles, self.config.action_dim)
+        if noise is None:
+            if generator.device.type != self.device.type:
+                raise ValueError(f"generator is on {generator.device}, but the policy is on {self.device}")
+            return torch.randn(shape, generator=generator, device=self.device, dtype=self.particle_dtype)
+        tensor = self._as_tensor("noise", noise, self.particle_dtype)
+        if single and tensor.ndim == 2:
+            tensor = tensor.unsqueeze(0)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"noise has shape {tuple(tensor.shape)}, expected {shape}: (B, particles, action_dim)")
+        return tensor
+
+    def _test_budget(self, flow_steps: int | None) -> TransportBudget:
+        budget = self.config.test_budget
+        if flow_steps is None:
+            return budget
+        if isinstance(flow_steps, bool) or not isinstance(flow_steps, int) or flow_steps < 0:
+            raise ValueError(f"flow_steps is {flow_steps!r}, expected an integer >= 0, or None for config.test_budget")
+        return TransportBudget(flow_steps, budget.step_size, budget.temperature)
+
+    # --- making, saving, loading ------------------------------------------------------------------------------------
+
+    @classmethod
+    def for_env(
+        cls,
+        env: Any,
+        *,
+        device: str | torch.device | None = None,
+        backend: Backend = "auto",
+        seed: int = 0,
+        **overrides: Any,
+    ) -> VGFPolicy:
+        """A new policy for a Gymnasium environment, vector environments too; ``overrides`` are fields of VGFConfig.
+
+        Raises ``ValueError`` for spaces it cannot act in, saying which wrapper mends it.
+        """
+        observation = getattr(env, "single_observation_space", env.observation_space)
+        action = getattr(env, "single_action_space", env.action_space)
+        for name, space, wrapper in (
+            ("observation", observation, "gymnasium.wrappers.FlattenObservation"),
+            ("action", action, "a wrapper with a Box action space"),
+        ):
+            if getattr(space, "shape", None) is None or not hasattr(space, "high"):
+                raise ValueError(f"the {name} space is {space}, expected a Box of vectors: use {wrapper}")
+            if len(space.shape) != 1:
+                raise ValueError(f"the {name} space has shape {space.shape}, expected a vector: use {wrapper}")
+        if not np.issubdtype(observation.dtype, np.floating):
+            raise ValueError(f"the observation space holds {observation.dtype}, expected floating numbers")
+        if not (np.allclose(action.low, -1.0) and np.allclose(action.high, 1.0)):
+            raise ValueError(
+                f"the action space is [{action.low}, {action.high}], expected [-1, 1]: use "
+                "gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)"
+            )
+        config = VGFConfig.from_dict(
+            {"observation_dim": observation.shape[0], "action_dim": action.shape[0], **overrides}
+        )
+        return cls(config, device=device, backend=backend, seed=seed)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Write ``model.safetensors`` and ``config.json`` to a directory, each whole or not at all; returns it."""
+        path = Path(directory)
+        tensors = dict(self.named_parameters())
+        checkpoints.save_tensors(path / MODEL_FILE, "policy", tensors, {"config": self.config.to_dict()})
+        checkpoints.write_text(path / CONFIG_FILE, json.dumps(self.config.to_dict(), indent=2) + "\n")
+        return path
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        device: str | torch.device | None = None,
+        backend: Backend = "auto",
+        seed: int = 0,
+    ) -> VGFPolicy:
+        """Read what ``save_pretrained`` wrote. ``config.json`` may be edited, the test budget for instance.
+
+        Raises ``FileNotFoundError`` or ``checkpoints.CheckpointError`` (damaged, or weights that do not fit the
+        configuration).
+        """
+        path = Path(directory)
+        if not path.is_dir():
+            raise FileNotFoundError(f"no policy at {path}: expected a directory with {MODEL_FILE}")
+        tensors, header = checkpoints.load_tensors(path / MODEL_FILE, "policy")
+        values = header["config"]
+        if (path / CONFIG_FILE).is_file():
+            try:
+                values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise checkpoints.CheckpointError(f"{path / CONFIG_FILE} is not JSON: {error}") from error
+        policy = cls(VGFConfig.from_dict(values), backend=backend, seed=seed)
+        policy.to(next(iter(tensors.values())).dtype)
+        checkpoints.load_module_tensors(policy, tensors, str(path / MODEL_FILE))
+        return policy.to(device) if device is not None else policy
+
+    @classmethod
+    def from_reference_parameters(
+        cls,
+        arrays: Mapping[str, Any],
+        config: Mapping[str, Any] | str | os.PathLike[str],
+        device: str | torch.device | None = None,
+        backend: Backend = "auto",
+        seed: int = 0,
+    ) -> VGFPolicy:
+        """A policy with the weights of the public release.
+
+        ``arrays``: flat names to arrays, ``critic/value_net/Dense_0/kernel`` [E, in, out] and so on, ``target_critic/``
+        and ``bc/`` likewise; ``config``: the release's configuration, a dict or a path to its JSON. The policy has
+        ``bandwidth_gradient=True``, so that it acts as it did. A missing target critic becomes a copy of the critic.
+        Raises ``checkpoints.CheckpointError`` naming an array that is missing, left over, or of another shape.
+        """
+        from vgf_fast.reference_checkpoint import load_mlp
+
+        policy_config, _ = config_from_reference(_reference_config(config))
+        policy = cls(policy_config, backend=backend, seed=seed)
+        load_mlp(policy.critic, arrays, "critic")
+        has_target = any(name.startswith("target_critic/") for name in arrays)
+        if has_target:
+            load_mlp(policy.target_critic, arrays, "target_critic")
+        else:
+            policy.target_critic.load_state_dict(policy.critic.state_dict())
+        load_mlp(policy.behavior, arrays, "bc")
+        return policy.to(device) if device is not None else policy
+
+    @classmethod
+    def from_reference_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any] | str | os.PathLike[str],
+        device: str | torch.device | None = None,
+        backend: Backend = "auto",
+        seed: int = 0,
+    ) -> VGFPolicy:
+        """A policy from a checkpoint ``params_N.pkl`` of the public release; needs no JAX and runs nothing of the file.
+
+        Raises ``reference_checkpoint.UnsafePickleError`` when the pickle asks for anything but arrays, and otherwise as
+        ``from_reference_parameters``.
+        """
+        from vgf_fast.reference_checkpoint import read_parameters
+
+        return cls.from_reference_parameters(read_parameters(path), config, device, backend, seed)
+
+
+def _reference_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
+    if isinstance(config, Mapping):
+        return config
+    path = Path(config)
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration at {path}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, expected an object of the release's keys")
+    # The release writes its flags beside the checkpoint with the agent's configuration below "agent".
+    agent = values.get("agent")
+    return agent if isinstance(agent, dict) else values

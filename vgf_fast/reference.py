@@ -1,0 +1,471 @@
+"""The torch backend: every formula of VGF in plain PyTorch, in any floating dtype, with closed-form gradients.
+
+It is the oracle of every kernel and what runs where there is no GPU. Nothing here checks its input:
+``vgf_fast.functional`` does. Functions that move particles build no autograd graph.
+
+Shapes: B states, N particles, A action, O observation, E members, L flow steps, K behaviour steps, H hidden width.
+Particles, scores and the SVGD direction are float32 at least; the matrix products run in the dtype of the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LAYER_NORM_EPS = 1e-6
+ADAM_BETA1, ADAM_BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
+BANDWIDTH_MIN = 1e-12
+GAMMA_EPS = 1e-6
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+
+
+class MLPWeights(NamedTuple):
+    """A stack of E perceptrons of one shape: linear, LayerNorm (optional), activation; linear at the end."""
+
+    weights: tuple[Tensor, ...]  # per layer [E, in, out]
+    biases: tuple[Tensor, ...]  # per layer [E, out]
+    norm_scales: tuple[Tensor, ...]  # per hidden layer [E, out]; empty without LayerNorm
+    norm_biases: tuple[Tensor, ...]  # per hidden layer [E, out]; empty without LayerNorm
+    activation: str  # "relu" | "gelu" (tanh approximation) | "swish"
+
+    def to(self, dtype: torch.dtype) -> MLPWeights:
+        """The same weights in another dtype; gradients flow back to these."""
+        return self._map(lambda tensor: tensor.to(dtype))
+
+    def detach(self) -> MLPWeights:
+        """The same weights outside of any autograd graph."""
+        return self._map(Tensor.detach)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> MLPWeights:
+        weights, biases, scales, shifts = (tuple(map(function, group)) for group in self[:4])
+        return MLPWeights(weights, biases, scales, shifts, self.activation)
+
+
+class FlowResult(NamedTuple):
+    """What a value gradient flow returns."""
+
+    particles: Tensor  # [B, N, A] after the last step
+    q: Tensor | None  # [E, B, N] value of every member at ``particles``; None when not asked for
+    trajectory: Tensor | None  # [L + 1, B, N, A] from the first particles to the last; None when not asked for
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def activate_(name: str, y: Tensor) -> Tensor:
+    """The activation of ``y``; relu overwrites its argument, whose sign its derivative can still be read from."""
+    if name == "relu":
+        return y.relu_()
+    return F.silu(y) if name == "swish" else F.gelu(y, approximate="tanh")
+
+
+def activation_backward(name: str, grad: Tensor, y: Tensor) -> Tensor:
+    """``grad`` times the activation's derivative at its input ``y`` (for relu, ``y`` may be its output)."""
+    if name == "relu":
+        return torch.ops.aten.threshold_backward(grad, y, 0)
+    if name == "swish":
+        return torch.ops.aten.silu_backward(grad, y)
+    return torch.ops.aten.gelu_backward(grad, y, approximate="tanh")
+
+
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Member by member ``x @ weight + bias``: x [E, R, in], weight [E, in, out], bias [E, out] -> [E, R, out]."""
+    if x.device.type != "cpu":
+        return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
+    # The CPU's batched product is a fifth slower than one product a member.
+    out = x.new_empty(x.shape[0], x.shape[1], weight.shape[2])
+    for e in range(x.shape[0]):
+        if bias is None:
+            torch.mm(x[e], weight[e], out=out[e])
+        else:
+            torch.addmm(bias[e], x[e], weight[e], out=out[e])
+    return out
+
+
+def layer_norm_backward(grad: Tensor, z: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Gradient of (z - mean) * rstd with respect to z, all over the last axis."""
+    return torch.ops.aten.native_layer_norm_backward(
+        grad, z, z.shape[-1:], mean, rstd, None, None, [True, False, False]
+    )[0]
+
+
+def mlp_forward(mlp: MLPWeights, x: Tensor) -> Tensor:
+    """Differentiable forward pass: x [R, in] -> [E, R, out]. The one to train with."""
+    h = x.to(mlp.weights[0].dtype).expand(mlp.weights[0].shape[0], -1, -1)
+    for i, (weight, bias) in enumerate(zip(mlp.weights, mlp.biases, strict=True)):
+        h = torch.baddbmm(bias.unsqueeze(1), h, weight)
+        if i + 1 < len(mlp.weights):
+            if mlp.norm_scales:
+                h = F.layer_norm(h, h.shape[-1:], eps=LAYER_NORM_EPS)
+                h = torch.addcmul(mlp.norm_biases[i].unsqueeze(1), h, mlp.norm_scales[i].unsqueeze(1))
+            h = F.relu(h) if mlp.activation == "relu" else activate_(mlp.activation, h)
+    return h
+
+
+def member_values(critic: MLPWeights, observations: Tensor, actions: Tensor) -> Tensor:
+    """Differentiable Q of every member at one action a state: [B, O], [B, A] -> [E, B], in float32 at least."""
+    q = mlp_forward(critic, torch.cat([observations, actions], dim=-1)).squeeze(-1)
+    return q.to(torch.promote_types(q.dtype, torch.float32))
+
+
+class _Layer(NamedTuple):
+    """What the backward pass needs of one hidden layer."""
+
+    z: Tensor  # [E, R, H] before LayerNorm
+    mean: Tensor | None  # [E, R, 1]
+    rstd: Tensor | None  # [E, R, 1]
+    y: Tensor  # [E, R, H] before the activation (for relu, after it)
+
+
+class StackAtStates:
+    """A stack of MLPs on [state, rest] bound to B states, whose share of the first layer is computed once.
+
+    ``state_share`` is W_s s + b, [E, B, H]; every call adds W_r r for rows r of N particles a state.
+    """
+
+    def __init__(self, mlp: MLPWeights, observations: Tensor) -> None:
+        self.mlp = mlp.detach()
+        observation_dim = observations.shape[-1]
+        first = self.mlp.weights[0]
+        self.dtype = first.dtype
+        x = observations.to(self.dtype).expand(first.shape[0], -1, -1)
+        self.state_share = matmul(x, first[:, :observation_dim], self.mlp.biases[0])
+        self.rest_weight = first[:, observation_dim:]
+
+    def first_layer(self, rest: Tensor, shift: Tensor | None = None) -> Tensor:
+        """z of the first layer: rest [B, N, R] (and shift [E, H] added to every row) -> [E, B * N, H]."""
+        batch, particles, width = rest.shape
+        flat = rest.reshape(batch * particles, width).to(self.dtype)
+        z = matmul(flat.expand(self.rest_weight.shape[0], -1, -1), self.rest_weight[:, :width])
+        share = self.state_share if shift is None else self.state_share + shift.unsqueeze(1)
+        z.view(z.shape[0], batch, particles, -1).add_(share.unsqueeze(2))
+        return z
+
+    def hidden(self, z: Tensor, tape: list[_Layer] | None = None) -> Tensor:
+        """From z of the first layer to the last activation [E, R, H]; ``tape`` collects what a backward needs."""
+        mlp = self.mlp
+        h = self._normalise_and_activate(0, z, tape)
+        for i in range(1, len(mlp.weights) - 1):
+            h = self._normalise_and_activate(i, matmul(h, mlp.weights[i], mlp.biases[i]), tape)
+        return h
+
+    def _normalise_and_activate(self, i: int, z: Tensor, tape: list[_Layer] | None) -> Tensor:
+        mlp = self.mlp
+        mean = rstd = None
+        y = z
+        if mlp.norm_scales:
+            y, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], None, None, LAYER_NORM_EPS)
+            y.mul_(mlp.norm_scales[i].unsqueeze(1)).add_(mlp.norm_biases[i].unsqueeze(1))
+        if tape is not None:
+            tape.append(_Layer(z, mean, rstd, y))
+        return activate_(mlp.activation, y)
+
+    def output(self, h: Tensor) -> Tensor:
+        """The last linear layer: [E, R, H] -> [E, R, out]."""
+        return matmul(h, self.mlp.weights[-1], self.mlp.biases[-1])
+
+
+class CriticAtStates(StackAtStates):
+    """An ensemble critic bound to B states: values, and the action gradient of the aggregated value."""
+
+    @torch.no_grad()
+    def values(self, actions: Tensor) -> Tensor:
+        """Q of every member: actions [B, N, A] -> [E, B, N], in float32 at least."""
+        q = self.output(self.hidden(self.first_layer(actions)))
+        return self._as_values(q, actions)
+
+    @torch.no_grad()
+    def values_and_score(self, actions: Tensor, aggregation: str = "mean") -> tuple[Tensor, Tensor]:
+        """Q of every member [E, B, N] and grad_a Q_agg [B, N, A], with Q_agg the mean or the minimum over members.
+
+        The gradient of the minimum is that of the smallest member, particle by particle. (ALGORITHM: flow step 1.)
+        """
+        mlp = self.mlp
+        tape: list[_Layer] = []
+        q = self.output(self.hidden(self.first_layer(actions), tape))
+        members = q.shape[0]
+        head = mlp.weights[-1].transpose(1, 2)  # [E, 1, H]
+        if aggregation == "mean":
+            grad = (head / members).expand_as(tape[-1].y)
+        else:
+            smallest = q.argmin(dim=0, keepdim=True) == torch.arange(members, device=q.device).view(-1, 1, 1)
+            grad = smallest * head
+        for i in range(len(tape) - 1, -1, -1):
+            layer = tape.pop()
+            grad = activation_backward(mlp.activation, grad, layer.y)
+            if layer.mean is not None and layer.rstd is not None:
+                grad.mul_(mlp.norm_scales[i].unsqueeze(1))
+                grad = layer_norm_backward(grad, layer.z, layer.mean, layer.rstd)
+            weight = mlp.weights[i] if i else self.rest_weight
+            grad = matmul(grad, weight.transpose(1, 2))
+        score = grad.to(actions.dtype).sum(dim=0).view_as(actions)
+        return self._as_values(q, actions), score
+
+    @staticmethod
+    def _as_values(q: Tensor, actions: Tensor) -> Tensor:
+        return q.view(q.shape[0], *actions.shape[:2]).to(torch.promote_types(q.dtype, torch.float32))
+
+
+def aggregate(q: Tensor, aggregation: str) -> Tensor:
+    """Mean or minimum over members: [E, ...] -> [...]."""
+    return q.amin(dim=0) if aggregation == "min" else q.mean(dim=0)
+
+
+# --- drawing particles -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def behavior_flow(velocity: MLPWeights, observations: Tensor, noise: Tensor, steps: int) -> Tensor:
+    """K Euler steps x <- x + v(s, x, k/K)/K of the flow-matching sampler, then clip to [-1, 1].
+
+    observations [B, O], noise [B, N, A] -> particles [B, N, A] in the dtype of ``noise``.
+    """
+    field = StackAtStates(velocity, observations)
+    time_weight = field.rest_weight[:, -1]  # [1, H], the input after the action
+    x = noise
+    for k in range(steps):
+        z = field.first_layer(x, shift=time_weight * (k / steps) if k else None)
+        v = field.output(field.hidden(z)).view_as(x)
+        x = x.add(v, alpha=1.0 / steps)
+    return x.clamp(-1.0, 1.0)
+
+
+def gaussian_log_std(log_std: Tensor) -> Tensor:
+    """The Gaussian behaviour model's state-independent log standard deviation, clipped to [-5, 2]."""
+    return log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+
+def gaussian_sample(mean: Tensor, log_std: Tensor, noise: Tensor, tanh: bool) -> Tensor:
+    """Draws of the Gaussian behaviour model: mean [B, A], log_std [A], noise [B, N, A] -> particles [B, N, A]."""
+    x = mean.unsqueeze(1) + gaussian_log_std(log_std).exp() * noise
+    return (x.tanh() if tanh else x).clamp(-1.0, 1.0)
+
+
+# --- the flow --------------------------------------------------------------------------------------------------------
+
+
+def squared_distances(particles: Tensor) -> Tensor:
+    """D_ij = ||x_i - x_j||^2 by differences, so exactly symmetric: [B, N, A] -> [B, N, N]."""
+    x = particles.transpose(1, 2).contiguous()
+    distances = torch.zeros(x.shape[0], x.shape[2], x.shape[2], dtype=x.dtype, device=x.device)
+    for a in range(x.shape[1]):
+        difference = x[:, a, :, None] - x[:, a, None, :]
+        distances.addcmul_(difference, difference)
+    return distances
+
+
+class Bandwidth(NamedTuple):
+    """Median bandwidth of the RBF kernel exp(-gamma D)."""
+
+    gamma: Tensor  # [B, 1, 1], 1 / (1e-6 + 2 h)
+    clamped: Tensor  # [B, 1, 1] bool, whether h is its lower bound
+    middle: Tensor  # [B, 1 or 2] flat index into D of the entries whose mean is the median (one if N * N is odd)
+
+
+def median_bandwidth(distances: Tensor) -> Bandwidth:
+    """h = median of all N * N squared distances / (2 ln(N + 1)), at least 1e-12; gamma = 1 / (1e-6 + 2 h)."""
+    batch, n, _ = distances.shape
+    entries = n * n
+    # Stable: which of several equal entries is the median decides which particle the bandwidth's gradient reaches.
+    values, order = distances.reshape(batch, entries).sort(dim=1, stable=True)
+    middle = slice((entries - 1) // 2, entries // 2 + 1)
+    h = values[:, middle].mean(dim=1) / (2.0 * math.log(n + 1.0))
+    gamma = 1.0 / (GAMMA_EPS + 2.0 * h.clamp(min=BANDWIDTH_MIN))
+    return Bandwidth(gamma.view(-1, 1, 1), (h <= BANDWIDTH_MIN).view(-1, 1, 1), order[:, middle])
+
+
+def rbf_kernel(particles: Tensor) -> tuple[Tensor, Tensor, Bandwidth]:
+    """Kernel matrix K [B, N, N], squared distances D [B, N, N] and bandwidth of the particles [B, N, A]."""
+    distances = squared_distances(particles)
+    bandwidth = median_bandwidth(distances)
+    return torch.exp(-bandwidth.gamma * distances), distances, bandwidth
+
+
+@torch.no_grad()
+def svgd_direction(
+    particles: Tensor,
+    score: Tensor,
+    temperature: float,
+    bandwidth_gradient: bool = False,
+    repulsion: bool = True,
+) -> Tensor:
+    """phi_i = (1/N) [ (1/alpha) sum_j K_ij G_j + 2 gamma sum_j K_ij (x_i - x_j) ]: [B, N, A] -> [B, N, A].
+
+    ``bandwidth_gradient`` adds what the public release's automatic gradient of sum_ij K(x_i, stop(x_j)) sends through
+    the median. ``repulsion=False`` is the paper's simplified direction (1/N) sum_j K_ij G_j.
+    """
+    n = particles.shape[1]
+    kernel, distances, bandwidth = rbf_kernel(particles)
+    attraction = kernel @ score
+    if not repulsion:
+        return attraction / n
+    # Relative to one particle of the same state: the sum below would cancel once the particles have clumped.
+    x = particles - particles[:, :1]
+    drift = x * kernel.sum(dim=2, keepdim=True) - kernel @ x
+    phi = (attraction / temperature).add_(2.0 * bandwidth.gamma * drift)
+    if bandwidth_gradient:
+        phi.add_(_bandwidth_term(particles, kernel, distances, bandwidth))
+    return phi / n
+
+
+def _bandwidth_term(particles: Tensor, kernel: Tensor, distances: Tensor, bandwidth: Bandwidth) -> Tensor:
+    """-d/dx_i of sum K through the median: only the row index i of the one or two middle entries (i, j) receives it."""
+    n = particles.shape[1]
+    # d sum(K) / d median = sum(D K) 2 gamma^2 / (2 ln(N + 1)), shared by the middle; d D_ij / d x_i = 2 (x_i - x_j).
+    slope = (distances * kernel).sum(dim=(1, 2), keepdim=True) * bandwidth.gamma**2 / math.log(n + 1.0)
+    slope = slope.masked_fill(bandwidth.clamped, 0.0) / bandwidth.middle.shape[1]
+    width = particles.shape[2]
+    row = torch.div(bandwidth.middle, n, rounding_mode="floor").unsqueeze(2).expand(-1, -1, width)
+    column = (bandwidth.middle % n).unsqueeze(2).expand(-1, -1, width)
+    term = -2.0 * slope * (particles.gather(1, row) - particles.gather(1, column))
+    return torch.zeros_like(particles).scatter_add_(1, row, term)
+
+
+@torch.no_grad()
+def svgd_step_(
+    particles: Tensor,
+    score: Tensor,
+    first_moment: Tensor | None,
+    second_moment: Tensor | None,
+    step: int,
+    step_size: float,
+    temperature: float,
+    bandwidth_gradient: bool = False,
+    repulsion: bool = True,
+    optimizer: str = "adam",
+) -> None:
+    """Move the particles one flow step, in place: direction, Adam (``step`` counts from 1) or plain ascent, clip.
+
+    The moments [B, N, A] are Adam's and are written too; they start at zero with every flow. ``None`` for "ascent".
+    """
+    phi = svgd_direction(particles, score, temperature, bandwidth_gradient, repulsion)
+    if optimizer == "ascent":
+        particles.add_(phi, alpha=step_size)
+    else:
+        if first_moment is None or second_moment is None:
+            raise ValueError("first_moment and second_moment are None, expected tensors: optimizer='adam'")
+        first_moment.mul_(ADAM_BETA1).add_(phi, alpha=1.0 - ADAM_BETA1)
+        second_moment.mul_(ADAM_BETA2).addcmul_(phi, phi, value=1.0 - ADAM_BETA2)
+        scale = (second_moment / (1.0 - ADAM_BETA2**step)).sqrt_().add_(ADAM_EPS)
+        particles.addcdiv_(first_moment, scale, value=step_size / (1.0 - ADAM_BETA1**step))
+    particles.clamp_(-1.0, 1.0)
+
+
+@torch.no_grad()
+def value_gradient_flow(
+    critic: MLPWeights,
+    observations: Tensor,
+    particles: Tensor,
+    steps: int,
+    step_size: float,
+    temperature: float,
+    q_aggregation: str = "mean",
+    bandwidth_gradient: bool = False,
+    repulsion: bool = True,
+    optimizer: str = "adam",
+    return_trajectory: bool = False,
+    evaluate: bool = True,
+    step_: Callable[..., None] = svgd_step_,
+) -> FlowResult:
+    """Move particles [B, N, A] ``steps`` times by the critic's score and the SVGD kernel, each step clipped to [-1, 1].
+
+    ``evaluate`` also returns every member's value at the last particles; ``step_`` is what moves them.
+    """
+    at_states = CriticAtStates(critic, observations)
+    x = particles.clone()
+    moments = [torch.zeros_like(x), torch.zeros_like(x)] if optimizer == "adam" else [None, None]
+    trajectory = [x.clone()] if return_trajectory else []
+    for step in range(1, steps + 1):
+        _, score = at_states.values_and_score(x, q_aggregation)
+        step_(x, score, *moments, step, step_size, temperature, bandwidth_gradient, repulsion, optimizer)
+        if return_trajectory:
+            trajectory.append(x.clone())
+    q = at_states.values(x) if evaluate else None
+    return FlowResult(x, q, torch.stack(trajectory) if return_trajectory else None)
+
+
+@torch.no_grad()
+def select_particle(
+    particles: Tensor, q: Tensor, mode: str = "max", temperature: float = 1.0, uniform: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose one particle a state: particles [B, N, A], q [B, N] -> (action [B, A], index [B]).
+
+    ``max``: the first of the largest. ``softmax``: probability proportional to exp(q / temperature), drawn by inverting
+    the cumulative sum at ``uniform`` [B]. ``random``: every particle alike, drawn from ``uniform``.
+    """
+    n = q.shape[1]
+    if mode == "max":
+        index = q.argmax(dim=1)
+    else:
+        if uniform is None:
+            raise ValueError(f"uniform is None, expected one number a state: mode={mode!r}")
+        if mode == "softmax":
+            cumulative = torch.softmax(q / temperature, dim=1).cumsum(dim=1)
+            index = (cumulative <= uniform.to(q.dtype).unsqueeze(1)).sum(dim=1)
+        else:
+            index = (uniform * n).long()
+        index = index.clamp(max=n - 1)
+    action = particles.gather(1, index.view(-1, 1, 1).expand(-1, 1, particles.shape[2])).squeeze(1)
+    return action, index
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def td_target(
+    q: Tensor, rewards: Tensor, masks: Tensor, discount: float, aggregation: str = "min", reduce: str = "mean"
+) -> Tensor:
+    """y = r + discount * mask * reduce_n Q_agg(s', x_n): q [E, B, N], rewards [B], masks [B] -> [B]."""
+    values = aggregate(q, aggregation)
+    values = values.amax(dim=1) if reduce == "max" else values.mean(dim=1)
+    return rewards + discount * masks * values
+
+
+def td_loss(q: Tensor, target: Tensor) -> Tensor:
+    """mean_b sum_e (y - Q_e)^2: q [E, B], target [B] -> scalar."""
+    return (target - q).square().sum(dim=0).mean()
+
+
+def expectile_loss(q: Tensor, target: Tensor, expectile: float) -> Tensor:
+    """mean_b sum_e |expectile - 1[u < 0]| u^2 with u = y - Q_e (the release's ``iql-q``): [E, B], [B] -> scalar."""
+    u = target - q
+    return (torch.where(u >= 0, expectile, 1.0 - expectile) * u.square()).sum(dim=0).mean()
+
+
+def sql_loss(q: Tensor, target: Tensor, alpha: float) -> Tensor:
+    """mean_b sum_e alpha max(u/(2 alpha) + 1, 0)^2 - u, u = y - Q_e (the release's ``sql-q``): [E, B], [B] -> []."""
+    u = target - q
+    return (alpha * F.relu(u / (2.0 * alpha) + 1.0).square() - u).sum(dim=0).mean()
+
+
+def flow_matching_inputs(actions: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t = (1 - t) x_0 + t a and the velocity a - x_0: actions, noise [B, A], time [B, 1] -> two of [B, A]."""
+    return (1.0 - time) * noise + time * actions, actions - noise
+
+
+def flow_matching_loss(prediction: Tensor, velocity: Tensor) -> Tensor:
+    """Mean over states and action entries of (v(s, x_t, t) - (a - x_0))^2: [B, A], [B, A] -> scalar."""
+    return (prediction - velocity).square().mean()
+
+
+def gaussian_log_likelihood(mean: Tensor, log_std: Tensor, actions: Tensor, tanh: bool) -> Tensor:
+    """Log density of actions under the Gaussian behaviour model: mean [B, A], log_std [A], actions [B, A] -> [B]."""
+    log_std = gaussian_log_std(log_std)
+    # In float32 the arc tangent of an action of 1 is infinite; data are clipped to 1 - 1e-5 as in the release.
+    x = actions.atanh() if tanh else actions
+    normal = -0.5 * ((x - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2.0 * math.pi)
+    if tanh:
+        normal = normal - 2.0 * (math.log(2.0) - x - F.softplus(-2.0 * x))
+    return normal.sum(dim=-1)
+
+
+@torch.no_grad()
+def polyak_(target: list[Tensor], source: list[Tensor], tau: float) -> None:
+    """target <- tau * source + (1 - tau) * target, in place."""
+    torch._foreach_lerp_(target, source, tau)

@@ -1,0 +1,198 @@
+"""Checkpoints of the public JAX release, read without JAX and without running anything the file names.
+
+The release writes ``params_N.pkl``: a pickle of nested dicts of JAX arrays. The unpickler here knows how to rebuild
+arrays of plain numbers and refuses every other global before anything is called.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vgf_fast.checkpoints import CheckpointError
+from vgf_fast.networks import GaussianBehavior, StackedMLP
+
+_PLAIN_DTYPES = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)} | {"f2", "f4", "f8", "b1"}
+
+
+class UnsafePickleError(CheckpointError):
+    """A pickle asks for something other than arrays of plain numbers."""
+
+
+class _DType:
+    """Stands for ``numpy.dtype``: a plain number type and its byte order."""
+
+    def __init__(self, name: object) -> None:
+        if name not in _PLAIN_DTYPES:
+            raise UnsafePickleError(
+                f"array of dtype {name!r}, expected plain numbers ({', '.join(sorted(_PLAIN_DTYPES))})"
+            )
+        self.name = str(name)
+        self.order = "="
+
+    def __setstate__(self, state: object) -> None:
+        if not (isinstance(state, tuple) and len(state) >= 2 and state[1] in ("<", ">", "|", "=")):
+            raise UnsafePickleError(f"unexpected state of a dtype: {state!r}")
+        self.order = state[1]
+
+
+class _Array:
+    """Stands for ``numpy.ndarray`` while it is being rebuilt; its state is checked before any byte becomes an array."""
+
+    value: NDArray[Any] | None = None
+
+    def __setstate__(self, state: object) -> None:
+        if not (isinstance(state, tuple) and len(state) == 5):
+            raise UnsafePickleError("unexpected state of an array")
+        _, shape, dtype, fortran, data = state
+        if not (
+            isinstance(shape, tuple)
+            and all(type(n) is int and n >= 0 for n in shape)
+            and type(dtype) is _DType
+            and type(data) is bytes
+        ):
+            raise UnsafePickleError("unexpected state of an array")
+        number = np.dtype(dtype.order + dtype.name)
+        if len(data) != number.itemsize * math.prod(shape):
+            raise UnsafePickleError(f"array of shape {shape} and dtype {number} with {len(data)} bytes")
+        self.value = np.frombuffer(data, number).reshape(shape, order="F" if fortran else "C")
+
+
+class _Global:
+    """A callable that the pickle may name; nothing of it can be altered from inside the pickle."""
+
+    __slots__ = ("_call",)
+    _call: Callable[..., Any]
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_call", call)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise UnsafePickleError(f"the pickle sets {name!r} on a function")
+
+    def __setstate__(self, state: object) -> None:
+        raise UnsafePickleError("the pickle sets the state of a function")
+
+
+def _reconstruct(subtype: object, *_: object) -> _Array:
+    if subtype is not _NDARRAY:
+        raise UnsafePickleError("the pickle rebuilds an array subclass")
+    return _Array()
+
+
+def _reconstruct_jax(function: object, args: object, state: object, *_: object) -> _Array:
+    if function is not _RECONSTRUCT or not isinstance(args, tuple):
+        raise UnsafePickleError("the pickle rebuilds a JAX array from something other than a NumPy array")
+    array = _reconstruct(*args)
+    array.__setstate__(state)
+    return array
+
+
+def _no_call(*_: object) -> None:
+    raise UnsafePickleError("the pickle calls numpy.ndarray")
+
+
+_NDARRAY = _Global(_no_call)
+_RECONSTRUCT = _Global(_reconstruct)
+_ADMITTED = {
+    ("jax._src.array", "_reconstruct_array"): _Global(_reconstruct_jax),
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "dtype"): _Global(lambda name, *_: _DType(name)),
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ADMITTED[module, name]
+        except KeyError:
+            raise UnsafePickleError(f"the pickle asks for {module}.{name}, which is not an array: refused") from None
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise UnsafePickleError(f"the pickle refers to an object outside of it ({pid!r}): refused")
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str, out: dict[str, NDArray[Any]]) -> None:
+    for key, value in tree.items():
+        name = f"{prefix}/{key}" if prefix else str(key)
+        if isinstance(value, dict):
+            _flatten(value, name, out)
+        elif isinstance(value, _Array) and value.value is not None:
+            out[name] = value.value
+
+
+def read_parameters(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
+    """Arrays of a release checkpoint ``params_N.pkl`` under flat names.
+
+    Names, as ``VGFPolicy.from_reference_parameters`` takes them: ``critic/value_net/Dense_0/kernel``,
+    ``target_critic/...``, ``bc/mlp/Dense_0/kernel``.
+    Raises ``FileNotFoundError``; ``UnsafePickleError`` when the pickle asks for anything but arrays, and then nothing of
+    it was executed; ``CheckpointError`` when it is damaged or not a checkpoint of the release.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with open(path, "rb") as file:
+            content = _ArrayUnpickler(file).load()
+    except UnsafePickleError as error:
+        raise UnsafePickleError(f"{path}: {error}") from None
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise CheckpointError(f"{path} is damaged or not a pickle: {error or type(error).__name__}") from error
+    agent = content.get("agent") if isinstance(content, dict) else None
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, state in (("critic", "critic"), ("target_critic", "target_critic"), ("bc", "actor_bc")):
+        parameters = agent.get(state, {}).get("params") if isinstance(agent, dict) else None
+        if not isinstance(parameters, dict):
+            raise CheckpointError(f"{path} is not a checkpoint of the release: it has no agent/{state}/params")
+        _flatten(parameters, name, arrays)
+    return arrays
+
+
+def _take(arrays: dict[str, NDArray[Any]], name: str, parameter: torch.Tensor, stacked: bool) -> None:
+    if name not in arrays:
+        raise CheckpointError(f"the release's parameters lack {name!r}")
+    value = torch.from_numpy(np.array(arrays.pop(name), order="C"))
+    expected = tuple(parameter.shape if stacked else parameter.shape[1:])
+    if tuple(value.shape) != expected:
+        raise CheckpointError(f"{name} has shape {tuple(value.shape)}, expected {expected}: the configuration")
+    parameter.copy_(value if stacked else value.unsqueeze(0))
+
+
+@torch.no_grad()
+def load_mlp(module: StackedMLP, arrays: Mapping[str, Any], prefix: str) -> None:
+    """Copy the release's arrays below ``prefix`` into a module, in place and in the module's dtype.
+
+    Raises ``CheckpointError`` naming an array that is missing, left over, or of another shape.
+    """
+    left = {name: np.asarray(a) for name, a in arrays.items() if name.startswith(prefix + "/")}
+    stacked = prefix.endswith("critic")
+    gaussian = isinstance(module, GaussianBehavior)
+    body = f"{prefix}/{'value_net' if stacked else 'actor_net' if gaussian else 'mlp'}"
+    last = len(module.weights) - 1
+    for i in range(last + 1):
+        layer = f"{prefix}/mean_net" if gaussian and i == last else f"{body}/Dense_{i}"
+        _take(left, f"{layer}/kernel", module.weights[i], stacked)
+        _take(left, f"{layer}/bias", module.biases[i], stacked)
+    for i in range(len(module.norm_scales)):
+        _take(left, f"{body}/LayerNorm_{i}/scale", module.norm_scales[i], stacked)
+        _take(left, f"{body}/LayerNorm_{i}/bias", module.norm_biases[i], stacked)
+    if isinstance(module, GaussianBehavior):
+        _take(left, f"{prefix}/log_stds", module.log_std, stacked=True)
+    if left:
+        raise CheckpointError(
+            f"the release's parameters hold more than the configuration says: {', '.join(sorted(left))}"
+        )
