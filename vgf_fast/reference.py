@@ -143,7 +143,7 @@ class StackAtStates:
         flat = rest.reshape(batch * particles, width).to(self.dtype)
         z = matmul(flat.expand(self.rest_weight.shape[0], -1, -1), self.rest_weight[:, :width])
         share = self.state_share if shift is None else self.state_share + shift.unsqueeze(1)
-        z.view(z.shape[0], batch, particles, -1).add_(share.unsqueeze(2))
+        z.view(z.shape[0], batch, particles, z.shape[2]).add_(share.unsqueeze(2))
         return z
 
     def hidden(self, z: Tensor, tape: list[_Layer] | None = None) -> Tensor:
@@ -435,7 +435,7 @@ def td_loss(q: Tensor, target: Tensor) -> Tensor:
 def expectile_loss(q: Tensor, target: Tensor, expectile: float) -> Tensor:
     """mean_b sum_e |expectile - 1[u < 0]| u^2 with u = y - Q_e (the release's ``iql-q``): [E, B], [B] -> scalar."""
     u = target - q
-    return (torch.where(u >= 0, expectile, 1.0 - expectile) * u.square()).sum(dim=0).mean()
+    return ((expectile - (u < 0).to(u.dtype)).abs() * u.square()).sum(dim=0).mean()
 
 
 def sql_loss(q: Tensor, target: Tensor, alpha: float) -> Tensor:

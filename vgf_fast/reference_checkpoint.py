@@ -139,8 +139,8 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
 
     Names, as ``VGFPolicy.from_reference_parameters`` takes them: ``critic/value_net/Dense_0/kernel``,
     ``target_critic/...``, ``bc/mlp/Dense_0/kernel``.
-    Raises ``FileNotFoundError``; ``UnsafePickleError`` when the pickle asks for anything but arrays, and then nothing of
-    it was executed; ``CheckpointError`` when it is damaged or not a checkpoint of the release.
+    Raises ``FileNotFoundError``; ``UnsafePickleError`` when the pickle asks for anything but arrays, before
+    anything of it is executed; ``CheckpointError`` when it is damaged or not a checkpoint of the release.
     """
     path = Path(path)
     if not path.is_file():
