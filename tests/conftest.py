@@ -1,0 +1,18 @@
+"""Before any test: kernels run in Triton's interpreter where there is no GPU, and PyTorch on one thread."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it once, when it is first imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+# Small tensors gain nothing from threads, and tests run side by side.
+torch.set_num_threads(1)
+
+
+@pytest.fixture()
+def device():
+    """Where kernels are tested: the GPU, else the CPU under the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
