@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
-@pytest.fixture()
+@pytest.fixture
 def device():
     """Where kernels are tested: the GPU, else the CPU under the interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -32,9 +32,7 @@ def load_flow(name, dtype=torch.float64):
         arrays = {key: file[key] for key in file.files}
     meta = json.loads(bytes(arrays.pop("meta")))
     sizes, hidden = (meta["O"], meta["A"]), tuple(meta["hidden"])
-    critic, target = (
-        EnsembleMLP(*sizes, hidden, meta["E"], meta["layer_norm"], meta["activation"]) for _ in range(2)
-    )
+    critic, target = (EnsembleMLP(*sizes, hidden, meta["E"], meta["layer_norm"], meta["activation"]) for _ in range(2))
     velocity = VelocityField(*sizes, hidden, False, meta["activation"])
     for module, prefix in ((critic, "critic"), (target, "target_critic"), (velocity, "bc")):
         load_mlp(module, arrays, prefix)

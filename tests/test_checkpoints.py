@@ -15,7 +15,7 @@ TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([True, False]), 
 HEADER = {"step": 3, "config": {"x": [1, 2]}}
 
 
-@pytest.fixture()
+@pytest.fixture
 def path(tmp_path):
     path = tmp_path / "folder" / "x.safetensors"
     checkpoints.save_tensors(path, "policy", TENSORS, HEADER)

@@ -20,9 +20,7 @@ def flow(request):
 
 
 def test_behavior_flow(flow):
-    particles = reference.behavior_flow(
-        flow.velocity.stacked(), flow["obs"], flow["noise"], flow.meta["bc_flow_steps"]
-    )
+    particles = reference.behavior_flow(flow.velocity.stacked(), flow["obs"], flow["noise"], flow.meta["bc_flow_steps"])
     assert relative_error(particles, flow["init"]) < BOUND
 
 
@@ -110,7 +108,9 @@ def test_actions_of_a_release_checkpoint(flow_steps, record_property):
     actions = policy.sample_actions(observations, flow_steps=flow_steps, noise=noise).numpy()
     # Adam's first step is eps * sign(phi): only where phi is nearly zero may rounding flip it.
     phi = _first_direction(policy, observations, noise)
-    ambiguous = (phi.abs() < 1e-5 * phi.abs().max()).any(dim=1).numpy() if flow_steps else np.zeros(expected.shape, bool)
+    ambiguous = (
+        (phi.abs() < 1e-5 * phi.abs().max()).any(dim=1).numpy() if flow_steps else np.zeros(expected.shape, bool)
+    )
     print(f"sign-ambiguous entries of L={flow_steps}: {ambiguous.sum()} of {ambiguous.size}")
     record_property("sign_ambiguous", int(ambiguous.sum()))
     assert ambiguous.mean() < 0.05

@@ -121,7 +121,7 @@ def test_the_trained_forward_pass_has_the_gradients_of_plain_layers():
 
 
 def release_direction(x, score, temperature, bandwidth_gradient):
-    """phi as defined: automatic gradient of sum_ij K(x_i, stop(x_j)), the median of the sorted distances in or out of it."""
+    """phi as defined: automatic gradient of sum_ij K(x_i, stop(x_j)), with the median in it or held constant."""
     batch, n, _ = x.shape
     leaf = x.clone().requires_grad_()
     distances = (leaf[:, :, None] - x.detach()[:, None]).square().sum(dim=-1)

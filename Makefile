@@ -1,0 +1,40 @@
+# Every target makes .venv and installs what it needs the first time; `make PYTHON=python3 test` uses that interpreter as it is.
+VENV := .venv
+ifeq ($(origin PYTHON), undefined)
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+PARALLEL := -n 2
+endif
+
+.PHONY: demo test lint format gpu bench clean
+
+demo: $(READY)
+	$(PYTHON) -m vgf_fast.cli demo
+
+test: $(READY)
+	$(PYTHON) -m pytest -q $(PARALLEL)
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: $(READY)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+gpu: $(READY)
+	$(PYTHON) -m profiling.gpu
+
+bench: $(READY)
+	$(PYTHON) -m profiling.bench update $(BENCH)
+	$(PYTHON) -m profiling.bench act $(BENCH)
+	$(PYTHON) -m profiling.bench memory $(BENCH)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@

@@ -1,0 +1,208 @@
+"""The functional API: what it refuses and how it says so, dtypes, and the choice of a backend."""
+
+import pytest
+import torch
+
+import vgf_fast as vgf
+from vgf_fast import functional, reference
+from vgf_fast.networks import EnsembleMLP, VelocityField
+
+CRITIC = EnsembleMLP(4, 2, (8,), generator=torch.Generator().manual_seed(0))
+VELOCITY = VelocityField(4, 2, (8,), generator=torch.Generator().manual_seed(0))
+STATES = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+PARTICLES = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(2)).clamp(-1, 1)
+BUDGET = vgf.TransportBudget(2, 0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("states", "particles", "error", "message"),
+    [
+        (STATES[:, :3], PARTICLES, ValueError, r"observations has shape \(3, 3\), expected \(\*, 4\)"),
+        (STATES[0], PARTICLES, ValueError, r"observations has shape \(4,\), expected \(B, O\)"),
+        (STATES.numpy(), PARTICLES, TypeError, r"observations is a ndarray, expected a torch.Tensor of shape \(B, O\)"),
+        (STATES.long(), PARTICLES, TypeError, r"observations has dtype torch.int64, expected a floating dtype"),
+        (STATES, PARTICLES[:2], ValueError, r"particles has shape \(2, 5, 2\), expected \(3, N >= 1, A\)"),
+        (STATES, PARTICLES[:, :0], ValueError, r"particles has shape \(3, 0, 2\)"),
+        (STATES, PARTICLES[:, :, :1], ValueError, r"particles has shape \(3, 5, 1\), expected \(\*, \*, 2\)"),
+        (STATES, PARTICLES[0], ValueError, r"particles has shape \(5, 2\), expected \(B, N, A\)"),
+        (STATES.to("meta"), PARTICLES, ValueError, r"observations is on meta, but the critic is on cpu"),
+        (STATES, PARTICLES.to("meta"), ValueError, r"particles is on meta, but the critic is on cpu"),
+    ],
+)
+def test_wrong_tensors(states, particles, error, message):
+    with pytest.raises(error, match=message):
+        vgf.value_gradient_flow(CRITIC, states, particles, BUDGET)
+    with pytest.raises(
+        error, match=message.replace("particles has", "actions has").replace("particles is", "actions is")
+    ):
+        vgf.critic_value_and_score(CRITIC, states, particles)
+    message = message.replace("particles", "noise").replace("the critic", "the velocity field")
+    with pytest.raises(error, match=message):
+        vgf.behavior_flow(VELOCITY, states, particles, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: vgf.critic_value_and_score(VELOCITY, STATES, PARTICLES), TypeError, "critic is a VelocityField"),
+        (lambda: vgf.critic_value_and_score(CRITIC, STATES, PARTICLES, "max"), ValueError, "q_aggregation is 'max'"),
+        (lambda: vgf.behavior_flow(CRITIC, STATES, PARTICLES, 3), TypeError, "velocity is a EnsembleMLP"),
+        (lambda: vgf.behavior_flow(VELOCITY, STATES, PARTICLES, 0), ValueError, "steps is 0, expected an integer >= 1"),
+        (
+            lambda: vgf.value_gradient_flow(CRITIC, STATES, PARTICLES, 3),
+            TypeError,
+            "budget is a int, expected a Transp",
+        ),
+        (
+            lambda: vgf.value_gradient_flow(CRITIC, STATES, PARTICLES, BUDGET, optimizer="sgd"),
+            ValueError,
+            "optimizer is 'sgd', expected one of 'adam', 'ascent'",
+        ),
+        (lambda: vgf.svgd_direction(PARTICLES, PARTICLES[:2], 0.1), ValueError, r"score has shape \(2, 5, 2\)"),
+        (lambda: vgf.svgd_direction(PARTICLES, PARTICLES, 0.0), ValueError, "temperature is 0.0"),
+        (lambda: vgf.svgd_direction(PARTICLES, PARTICLES, float("nan")), ValueError, "temperature is nan"),
+        (
+            lambda: vgf.select_particle(PARTICLES, torch.zeros(3, 4)),
+            ValueError,
+            r"q has shape \(3, 4\), expected \(3, 5\)",
+        ),
+        (lambda: vgf.select_particle(PARTICLES, torch.zeros(3, 5), "best"), ValueError, "mode is 'best'"),
+        (
+            lambda: vgf.td_target(torch.zeros(2, 3, 5), torch.zeros(3), torch.zeros(2), 0.9),
+            ValueError,
+            r"masks has shape \(2,\), expected \(3,\)",
+        ),
+        (
+            lambda: vgf.svgd_direction(PARTICLES, PARTICLES, 0.1, backend="cuda"),
+            ValueError,
+            "backend is 'cuda', expected",
+        ),
+        (lambda: vgf.TransportBudget(-1), ValueError, r"TransportBudget.steps is -1, expected an integer >= 0"),
+        (
+            lambda: vgf.TransportBudget(1, 0.1, 0),
+            ValueError,
+            r"TransportBudget.temperature is 0, expected a number in \(0",
+        ),
+        (lambda: vgf.VGFConfig(3, 0), ValueError, "VGFConfig.action_dim is 0"),
+        (lambda: vgf.VGFConfig(3, 2, hidden_dims=()), ValueError, "VGFConfig.hidden_dims is"),
+        (lambda: vgf.VGFConfig(3, 2, activation="tanh"), ValueError, "VGFConfig.activation is 'tanh', expected one of"),
+        (
+            lambda: vgf.VGFConfig.from_dict({"observation_dim": 3, "action_dim": 2, "partices": 4}),
+            ValueError,
+            "'partices' \\(did you mean 'particles'\\?\\)",
+        ),
+        (lambda: vgf.VGFConfig.from_dict({"action_dim": 2}), ValueError, "needs observation_dim"),
+        (
+            lambda: vgf.TrainConfig(discount=1.5),
+            ValueError,
+            r"TrainConfig.discount is 1.5, expected a number in \[0, 1\]",
+        ),
+        (lambda: vgf.TrainConfig(critic_loss="iql-q"), ValueError, "TrainConfig.critic_loss is 'iql-q'"),
+    ],
+)
+def test_wrong_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_configurations_survive_a_round_trip():
+    config = vgf.VGFConfig(3, 2, hidden_dims=(7,), test_budget=vgf.TransportBudget(0, 0.2, 0.3), repulsion=False)
+    assert vgf.VGFConfig.from_dict(config.to_dict()) == config
+    train = vgf.TrainConfig(critic_loss="sql", tau=0.1)
+    assert vgf.TrainConfig.from_dict(train.to_dict()) == train
+
+
+def test_nothing_given_is_written_and_the_trajectory_is_whole():
+    particles = PARTICLES.clone()
+    result = vgf.value_gradient_flow(CRITIC, STATES, particles, BUDGET, return_trajectory=True)
+    assert torch.equal(particles, PARTICLES)
+    assert result.trajectory.shape == (3, 3, 5, 2)
+    assert torch.equal(result.trajectory[0], PARTICLES)
+    assert torch.equal(result.trajectory[-1], result.particles)
+    assert result.q.shape == (2, 3, 5)
+    assert vgf.value_gradient_flow(CRITIC, STATES, particles, BUDGET, evaluate=False).q is None
+
+
+def test_no_steps_is_no_movement():
+    result = vgf.value_gradient_flow(CRITIC, STATES, PARTICLES, vgf.TransportBudget(0, 0.1, 0.1))
+    assert torch.equal(result.particles, PARTICLES)
+
+
+def test_particles_move_uphill_and_no_further_than_the_budget():
+    """Without repulsion, Adam's steps are at most about eps each, and Q rises."""
+    before, _ = vgf.critic_value_and_score(CRITIC, STATES, PARTICLES)
+    budget = vgf.TransportBudget(5, 0.01, 0.1)
+    result = vgf.value_gradient_flow(CRITIC, STATES, PARTICLES, budget, repulsion=False)
+    assert (result.q.mean(dim=0) - before.mean(dim=0)).mean() > 0
+    assert (result.particles - PARTICLES).abs().max() <= 5 * 0.01 * 1.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_particles_are_float32_at_least(dtype):
+    expected = torch.promote_types(dtype, torch.float32)
+    result = vgf.value_gradient_flow(CRITIC, STATES, PARTICLES.to(dtype), BUDGET)
+    assert result.particles.dtype == expected
+    assert result.q.dtype == torch.float32
+    assert vgf.svgd_direction(PARTICLES.to(dtype), PARTICLES.to(dtype), 0.1).dtype == expected
+    assert vgf.behavior_flow(VELOCITY, STATES, PARTICLES.to(dtype), 2).dtype == expected
+
+
+def test_empty_batches():
+    states, particles = torch.zeros(0, 4), torch.zeros(0, 5, 2)
+    assert vgf.behavior_flow(VELOCITY, states, particles, 2).shape == (0, 5, 2)
+    result = vgf.value_gradient_flow(CRITIC, states, particles, BUDGET)
+    assert result.q.shape == (2, 0, 5)
+    action, index = vgf.select_particle(result.particles, result.q.mean(dim=0))
+    assert action.shape == (0, 2)
+    assert index.shape == (0,)
+
+
+def test_selection_draws_from_the_generator():
+    q = torch.zeros(2000, 5)
+    particles = torch.zeros(2000, 5, 1)
+    for mode in ("softmax", "random"):
+        draws = [vgf.select_particle(particles, q, mode, 1.0, torch.Generator().manual_seed(s))[1] for s in (0, 0, 1)]
+        assert torch.equal(draws[0], draws[1])
+        assert not torch.equal(draws[0], draws[2])
+        assert (draws[0].bincount(minlength=5) - 400).abs().max() < 100
+
+
+class TestBackends:
+    CPU = torch.device("cpu")
+    CUDA = torch.device("cuda")
+
+    def test_auto_is_torch_on_a_cpu_and_triton_on_a_gpu(self):
+        assert functional.resolve_backend("auto", self.CPU, 10, 8, torch.float32) == "torch"
+        assert functional.resolve_backend("auto", self.CUDA, 10, 8, torch.float32) == "triton"
+
+    def test_triton_needs_a_gpu_or_the_interpreter(self, monkeypatch):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        with pytest.raises(ValueError, match="on cpu: Triton needs a GPU, or its interpreter"):
+            functional.resolve_backend("triton", self.CPU, 10, 8, torch.float32)
+
+    @pytest.mark.parametrize(
+        ("particles", "width", "dtype", "message"),
+        [
+            (129, 8, torch.float32, "particles is 129, the kernels' limit is 128"),
+            (10, 65, torch.float32, "the action dimension is 65, the kernels' limit is 64"),
+            (10, 8, torch.float64, "the particles are torch.float64"),
+        ],
+    )
+    def test_limits_are_named_and_auto_steps_back_to_torch_once(self, particles, width, dtype, message, caplog):
+        with pytest.raises(ValueError, match=message):
+            functional.resolve_backend("triton", self.CUDA, particles, width, dtype)
+        functional._say_fallback.cache_clear()
+        for _ in range(3):
+            assert functional.resolve_backend("auto", self.CUDA, particles, width, dtype) == "torch"
+        assert [record.message for record in caplog.records if message in record.message] != []
+        assert len(caplog.records) == 1
+
+    def test_triton_not_installed(self, monkeypatch):
+        monkeypatch.setattr(functional, "triton_installed", lambda: False)
+        with pytest.raises(ValueError, match=r"pip install 'vgf_fast\[triton\]'"):
+            functional.resolve_backend("triton", self.CUDA, 10, 8, torch.float32)
+
+    def test_a_float64_flow_on_the_triton_backend_is_refused(self):
+        with pytest.raises(ValueError, match="the particles are torch.float64"):
+            vgf.value_gradient_flow(CRITIC, STATES, PARTICLES.double(), BUDGET, backend="triton")
+        assert reference.svgd_direction(PARTICLES.double(), PARTICLES.double(), 0.1).dtype == torch.float64

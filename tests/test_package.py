@@ -1,0 +1,88 @@
+"""The installed package: what an import needs, what it must not bring along, and what it must not shadow."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = tuple("triton gymnasium transformers ogbench minari mujoco h5py rich tyro matplotlib yaml".split())
+
+
+def run_python(code, cwd, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_importing_brings_nothing_heavy(tmp_path):
+    code = f"import sys, vgf_fast; print([name for name in {HEAVY!r} if name in sys.modules])"
+    result = run_python(code, tmp_path)
+    assert (result.stdout, result.returncode) == ("[]\n", 0), result.stderr
+
+
+def test_acting_and_training_need_torch_numpy_and_safetensors_alone(tmp_path):
+    """With every optional package made unimportable: import, act, train, save, load."""
+    code = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {HEAVY!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Refuse())
+import numpy, torch, vgf_fast as vgf
+from vgf_fast.data.dataset import Dataset
+policy = vgf.VGFPolicy(vgf.VGFConfig(3, 2, hidden_dims=(8,), behavior_hidden_dims=(8,)))
+z = numpy.zeros
+states = z((4, 3))
+data = Dataset.from_arrays(observations=states, actions=z((4, 2)), next_observations=states, rewards=z(4), masks=z(4))
+vgf.Learner(policy).fit(data, 2)
+policy.save_pretrained("policy")
+print(vgf.VGFPolicy.from_pretrained("policy").sample_actions(z(3)).shape)
+"""
+    result = run_python(code, tmp_path)
+    assert result.stdout == "torch.Size([2])\n", result.stderr
+
+
+@pytest.mark.parametrize("folder", [ROOT, None])
+def test_the_name_kernels_stays_free(folder, tmp_path):
+    """Also in the repository's own folder, where the source directory of that name lies."""
+    result = run_python("import kernels", folder or tmp_path)
+    assert result.returncode != 0
+    assert "ModuleNotFoundError" in result.stderr or "vgf_fast.kernels" in result.stderr
+    assert run_python("import vgf_fast.kernels", folder or tmp_path).returncode == 0
+
+
+def test_public_names():
+    import vgf_fast
+
+    assert vgf_fast.__version__ == importlib.metadata.version("vgf_fast")
+    for name in vgf_fast.__all__:
+        assert getattr(vgf_fast, name) is not None
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    # Built from a copy: a build leaves its folders beside the sources.
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("vgf_fast", "kernels", "pyproject.toml", "README.md", "LICENSE"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
+    subprocess.run([*build, str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"vgf_fast"}
+    for name in ("vgf_fast/py.typed", "vgf_fast/presets.json", "vgf_fast/kernels/svgd.py", "vgf_fast/data/dataset.py"):
+        assert name in names
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "vgf_fast").rglob("*.py")}
+    assert sources <= set(names)

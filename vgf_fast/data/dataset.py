@@ -1,0 +1,318 @@
+"""Transitions resident on a device, sampled uniformly with replacement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Array: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
+
+# Rounding of a simulator's float32 actions; anything further outside [-1, 1] is another action scale, not rounding.
+ACTION_TOLERANCE = 1e-5
+# The public release keeps actions this far inside the bounds of the box.
+ACTION_CLIP = 1.0 - 1e-5
+
+
+@dataclass(frozen=True)
+class DatasetStatistics:
+    """What a dataset holds. Returns are undiscounted sums of rewards over whole trajectories.
+
+    Attributes:
+        transitions: number of transitions.
+        trajectories: number of trajectories.
+        return_mean, return_std, return_min, return_max: over trajectories (std is the population's).
+        success_fraction: fraction of trajectories with at least one transition whose mask is 0.
+        reward_min, reward_max: over transitions.
+    """
+
+    transitions: int
+    trajectories: int
+    return_mean: float
+    return_std: float
+    return_min: float
+    return_max: float
+    success_fraction: float
+    reward_min: float
+    reward_max: float
+
+
+class Dataset:
+    """M transitions (s, a, r, s', mask) on one device; build one with `Dataset.from_arrays`.
+
+    All fields lie in one row-major matrix [M, O + A + O + 2], so that a batch is a single gather; the fields of a batch
+    are views of its rows: their last dimension is contiguous, their row stride is the width of the matrix.
+
+    Attributes (views of the storage, not copies):
+        observations [M, O], actions [M, A], next_observations [M, O], rewards [M], masks [M], all of `dtype`.
+        masks: 1 where the value of the next state is bootstrapped, 0 where it is not.
+        terminals [M]: bool, true on the last transition of each trajectory.
+    """
+
+    def __init__(self, storage: torch.Tensor, terminals: torch.Tensor, observation_dim: int, action_dim: int) -> None:
+        """Wrap checked storage; use `from_arrays`, which checks.
+
+        Args:
+            storage: [M, 2 O + A + 2], columns observation, action, next observation, reward, mask.
+            terminals: [M], bool, on the same device.
+            observation_dim: O.
+            action_dim: A.
+        """
+        self._storage = storage
+        self._observation_dim = observation_dim
+        self._action_dim = action_dim
+        self.terminals = terminals
+        fields = self._split(storage)
+        self.observations = fields["observations"]
+        self.actions = fields["actions"]
+        self.next_observations = fields["next_observations"]
+        self.rewards = fields["rewards"]
+        self.masks = fields["masks"]
+
+    @classmethod
+    def from_arrays(
+        cls,
+        *,
+        observations: Array,
+        actions: Array,
+        next_observations: Array,
+        rewards: Array,
+        masks: Array,
+        terminals: Array | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        action_clip: float = ACTION_CLIP,
+    ) -> Dataset:
+        """Check the arrays, clip the actions and move everything to `device` as `dtype`.
+
+        Args:
+            observations: [M, O], floating point, NumPy or torch.
+            actions: [M, A], floating point, in [-1, 1] up to 1e-5; then clipped to [-action_clip, action_clip].
+            next_observations: [M, O], floating point.
+            rewards: [M], any real dtype.
+            masks: [M], any real dtype or bool, in [0, 1]; 1 bootstraps.
+            terminals: [M], bool or 0 and 1, true at the end of each trajectory. None: a trajectory ends wherever the
+                next observation is not the observation of the following row.
+            device: default is the CPU.
+            dtype: a floating dtype of torch.
+            action_clip: in (0, 1].
+
+        Raises:
+            TypeError: a field that is not an array, or of the wrong kind (integer or image observations), or a `dtype`
+                that is not floating.
+            ValueError: no transitions, unequal lengths, wrong rank, NaN or infinity, or values out of range; the
+                message names the field and the first bad row.
+        """
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype is {dtype}, expected a floating dtype of torch such as torch.float32")
+        if not 0.0 < action_clip <= 1.0:
+            raise ValueError(f"action_clip is {action_clip}, expected in (0, 1]")
+        fields = {
+            "observations": _as_tensor("observations", observations, rank=2, floating=True),
+            "actions": _as_tensor("actions", actions, rank=2, floating=True),
+            "next_observations": _as_tensor("next_observations", next_observations, rank=2, floating=True),
+            "rewards": _as_tensor("rewards", rewards, rank=1),
+            "masks": _as_tensor("masks", masks, rank=1),
+        }
+        if terminals is not None:
+            fields["terminals"] = _as_tensor("terminals", terminals, rank=1)
+        size = fields["observations"].shape[0]
+        for name, field in fields.items():
+            if field.shape[0] != size:
+                raise ValueError(
+                    f"{name} has {field.shape[0]} rows but observations has {size}: expected equal lengths"
+                )
+        if size == 0:
+            raise ValueError("the dataset is empty: observations has 0 rows, expected at least 1")
+        observation_dim, action_dim = fields["observations"].shape[1], fields["actions"].shape[1]
+        if fields["next_observations"].shape[1] != observation_dim:
+            raise ValueError(
+                f"next_observations has shape {tuple(fields['next_observations'].shape)}, expected "
+                f"(*, {observation_dim}): the width of observations"
+            )
+        if observation_dim == 0 or action_dim == 0:
+            raise ValueError(
+                f"observations and actions have widths {observation_dim} and {action_dim}, expected at least 1"
+            )
+
+        done = fields.pop("terminals", None)
+        if done is None:
+            ends = _trajectory_ends(fields["observations"], fields["next_observations"])
+        else:
+            _check_rows("terminals", done, (done == 0) | (done == 1), "expected 0 or 1")
+            ends = done.bool()
+
+        storage = torch.empty((size, 2 * observation_dim + action_dim + 2), dtype=dtype, device=device)
+        dataset = cls(storage, ends.to(storage.device), observation_dim, action_dim)
+        for name, field in fields.items():
+            target: torch.Tensor = getattr(dataset, name)
+            target.copy_(field)
+            _check_rows(name, field, torch.isfinite(target), f"expected finite numbers in {dtype}")
+        low_high = f"expected in [-1, 1]: rescale the actions, they are not clipped by more than {ACTION_TOLERANCE:g}"
+        _check_rows("actions", fields["actions"], fields["actions"].abs() <= 1.0 + ACTION_TOLERANCE, low_high)
+        _check_rows("masks", fields["masks"], (fields["masks"] >= 0) & (fields["masks"] <= 1), "expected in [0, 1]")
+        dataset.actions.clamp_(-action_clip, action_clip)
+        return dataset
+
+    def _split(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The fields of rows [B, 2 O + A + 2], as views."""
+        o, a = self._observation_dim, self._action_dim
+        return {
+            "observations": rows[:, :o],
+            "actions": rows[:, o : o + a],
+            "next_observations": rows[:, o + a : 2 * o + a],
+            "rewards": rows[:, 2 * o + a],
+            "masks": rows[:, 2 * o + a + 1],
+        }
+
+    def sample(self, batch_size: int, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+        """Draw transitions uniformly with replacement, on the dataset's device.
+
+        Args:
+            batch_size: B, at least 1; may exceed the size of the dataset.
+            generator: on the dataset's device; None is torch's default one. Its state alone decides the batch.
+
+        Returns:
+            observations [B, O], actions [B, A], next_observations [B, O], rewards [B], masks [B].
+
+        Raises:
+            TypeError, ValueError: a batch_size that is not an integer or below 1; a generator on another device.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)):
+            raise TypeError(f"batch_size is {batch_size!r}, expected an integer")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        if generator is not None and generator.device.type != self.device.type:
+            raise ValueError(
+                f"generator is on {generator.device}, expected torch.Generator(device={str(self.device)!r})"
+            )
+        index = torch.randint(self.size, (int(batch_size),), generator=generator, device=self.device)
+        return self._split(self._storage.index_select(0, index))
+
+    def take(self, index: Sequence[int] | Array) -> dict[str, torch.Tensor]:
+        """The transitions at `index` [B], integers in [0, M), as `sample` returns them.
+
+        Raises:
+            TypeError: indices that are not integers. ValueError: not of rank 1. IndexError: out of range.
+        """
+        rows = torch.as_tensor(index, device=self.device)
+        if rows.dtype == torch.bool or rows.is_floating_point() or rows.is_complex():
+            raise TypeError(f"index has dtype {rows.dtype}, expected integers")
+        if rows.ndim != 1:
+            raise ValueError(f"index has shape {tuple(rows.shape)}, expected (B,)")
+        bad = (rows < 0) | (rows >= self.size)
+        if bool(bad.any()):
+            raise IndexError(f"index holds {int(rows[bad][0])}, expected in [0, {self.size})")
+        return self._split(self._storage.index_select(0, rows.long()))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Dataset:
+        """The same transitions on another device or in another floating dtype; this very dataset if nothing changes."""
+        dtype = self.dtype if dtype is None else dtype
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype is {dtype}, expected a floating dtype of torch such as torch.float32")
+        storage = self._storage.to(device=device, dtype=dtype)
+        if storage is self._storage:
+            return self
+        return Dataset(storage, self.terminals.to(storage.device), self._observation_dim, self._action_dim)
+
+    def statistics(self) -> DatasetStatistics:
+        """Counts, returns and successes; a last trajectory that was cut off counts as one."""
+        ends = self.terminals.clone()
+        ends[-1] = True
+        trajectories = int(ends.sum())
+        # Row i belongs to the trajectory numbered by the ends before it.
+        number = torch.cumsum(ends, 0) - ends.long()
+        rewards = self.rewards.double()
+        returns = rewards.new_zeros(trajectories).index_add_(0, number, rewards)
+        successes = torch.zeros_like(returns).index_add_(0, number, (self.masks == 0).double()) > 0
+        return DatasetStatistics(
+            transitions=self.size,
+            trajectories=trajectories,
+            return_mean=float(returns.mean()),
+            return_std=float(returns.std(correction=0)),
+            return_min=float(returns.min()),
+            return_max=float(returns.max()),
+            success_fraction=float(successes.double().mean()),
+            reward_min=float(rewards.min()),
+            reward_max=float(rewards.max()),
+        )
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __repr__(self) -> str:
+        return (
+            f"Dataset(size={self.size}, observation_dim={self.observation_dim}, action_dim={self.action_dim}, "
+            f"device={str(self.device)!r}, dtype={self.dtype})"
+        )
+
+    @property
+    def size(self) -> int:
+        """Number of transitions, M."""
+        return self._storage.shape[0]
+
+    @property
+    def observation_dim(self) -> int:
+        """Width of an observation, O."""
+        return self._observation_dim
+
+    @property
+    def action_dim(self) -> int:
+        """Width of an action, A."""
+        return self._action_dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transitions lie."""
+        return self._storage.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of every field but terminals."""
+        return self._storage.dtype
+
+
+def _as_tensor(name: str, array: Array, rank: int, floating: bool = False) -> torch.Tensor:
+    """`array` as a tensor where it lies, its kind and rank checked."""
+    if isinstance(array, np.ndarray):
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"{name} has dtype {array.dtype}, expected real numbers")
+        # Torch takes neither read-only memory without a warning, nor negative strides, nor foreign byte orders.
+        native = array.astype(array.dtype.newbyteorder("="), copy=False)
+        plain = native.flags.writeable and all(stride >= 0 for stride in native.strides)
+        array = torch.from_numpy(native if plain else native.copy())
+    elif not isinstance(array, torch.Tensor):
+        raise TypeError(f"{name} is a {type(array).__name__}, expected a NumPy array or a torch tensor")
+    if array.is_complex():
+        raise TypeError(f"{name} has dtype {array.dtype}, expected real numbers")
+    if floating and not array.is_floating_point():
+        what = "pixel and integer observations are" if "observations" in name else "discrete actions are"
+        raise TypeError(
+            f"{name} has dtype {str(array.dtype).removeprefix('torch.')}, expected floating point: {what} not "
+            f"supported, because the networks take vectors of real numbers"
+        )
+    if array.ndim != rank:
+        expected = "(M,)" if rank == 1 else "(M, width)"
+        raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {expected}")
+    return array.detach()
+
+
+def _check_rows(name: str, values: torch.Tensor, good: torch.Tensor, expected: str) -> None:
+    """Raise a ValueError that names the first row of `values` [M] or [M, D] where `good` is false."""
+    if bool(good.all()):
+        return
+    row, *column = torch.nonzero(~good)[0].tolist()
+    where = f"row {row}" + (f", column {column[0]}" if column else "")
+    raise ValueError(f"{name} holds {values[(row, *column)].item():.7g} in {where}, {expected}")
+
+
+def _trajectory_ends(observations: torch.Tensor, next_observations: torch.Tensor) -> torch.Tensor:
+    """[M] bool: true where the next observation is not the observation of the following row, and on the last row."""
+    ends = torch.ones(observations.shape[0], dtype=torch.bool, device=observations.device)
+    ends[:-1] = (next_observations[:-1] != observations[1:]).any(dim=1)
+    return ends
