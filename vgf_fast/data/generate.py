@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vgf_fast.data.collection import Episode, EpisodeSpec, collect_in_worker, make_collector, start_worker
+from vgf_fast.progress import progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Generator, Sequence
 
 NAMES: tuple[str, ...] = (
     *(f"pointmaze-{size}-navigate-v0" for size in ("medium", "large", "giant", "teleport")),
@@ -121,7 +122,7 @@ def generate(
     train: dict[str, np.ndarray] = {}
     validation: dict[str, np.ndarray] = {}
     with (
-        _progress_bar(name, len(seeds), progress) as advance,
+        progress_bar(f"{name}, episodes", len(seeds), progress) as advance,
         contextlib.closing(_collect(name, spec, seeds, processes)) as collected,
     ):
         for number, episode in collected:
@@ -222,20 +223,3 @@ def _write(contents: dict[Path, dict[str, np.ndarray]]) -> None:
     finally:
         for temporary in partial.values():
             temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _progress_bar(name: str, episodes: int, wanted: bool) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after each episode; it moves a bar on standard error, or does nothing."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        wanted = False
-    if not (wanted and Console(stderr=True).is_terminal):
-        yield lambda: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"{name}, episodes", total=episodes)
-        yield lambda: bar.advance(task)
