@@ -22,6 +22,7 @@ ADAM_BETA1, ADAM_BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 BANDWIDTH_MIN = 1e-12
 GAMMA_EPS = 1e-6
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+BATCHED_ROWS = 64  # up to so many rows the CPU multiplies all members at once
 
 
 class MLPWeights(NamedTuple):
@@ -74,12 +75,13 @@ def activation_backward(name: str, grad: Tensor, y: Tensor) -> Tensor:
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Member by member ``x @ weight + bias``: x [E, R, in], weight [E, in, out], bias [E, out] -> [E, R, out]."""
-    if x.device.type != "cpu":
-        return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight)
-    # The CPU's batched product is a fifth slower than one product a member.
-    out = x.new_empty(x.shape[0], x.shape[1], weight.shape[2])
-    for e in range(x.shape[0]):
+    """Member by member ``x @ weight + bias``: x [E, R, in], weight [E, in, out], bias [E, 1, out] -> [E, R, out]."""
+    members, rows, _ = x.shape
+    if members == 1 or rows <= BATCHED_ROWS or x.device.type != "cpu":
+        return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+    # With many rows the CPU's batched product is a fifth slower than one product a member.
+    out = x.new_empty(members, rows, weight.shape[2])
+    for e in range(members):
         if bias is None:
             torch.mm(x[e], weight[e], out=out[e])
         else:
@@ -129,45 +131,46 @@ class StackAtStates:
     """
 
     def __init__(self, mlp: MLPWeights, observations: Tensor) -> None:
-        self.mlp = mlp.detach()
-        observation_dim = observations.shape[-1]
-        first = self.mlp.weights[0]
+        mlp = mlp.detach()
+        first = mlp.weights[0]
+        self.activation = mlp.activation
         self.dtype = first.dtype
+        self.rest_weight = first[:, observations.shape[-1] :]
+        self.weights = (self.rest_weight, *mlp.weights[1:])
+        self.biases, self.scales, self.shifts = (
+            [tensor.unsqueeze(1) for tensor in group] for group in (mlp.biases, mlp.norm_scales, mlp.norm_biases)
+        )
         x = observations.to(self.dtype).expand(first.shape[0], -1, -1)
-        self.state_share = matmul(x, first[:, :observation_dim], self.mlp.biases[0])
-        self.rest_weight = first[:, observation_dim:]
+        self.state_share = matmul(x, first[:, : observations.shape[-1]], self.biases[0])
 
-    def first_layer(self, rest: Tensor, shift: Tensor | None = None) -> Tensor:
-        """z of the first layer: rest [B, N, R] (and shift [E, H] added to every row) -> [E, B * N, H]."""
+    def first_layer(self, rest: Tensor, weight: Tensor, share: Tensor) -> Tensor:
+        """z of the first layer: rest [B, N, R], its weight [E, R, H], the states' share [E, B, H] -> [E, B * N, H]."""
         batch, particles, width = rest.shape
         flat = rest.reshape(batch * particles, width).to(self.dtype)
-        z = matmul(flat.expand(self.rest_weight.shape[0], -1, -1), self.rest_weight[:, :width])
-        share = self.state_share if shift is None else self.state_share + shift.unsqueeze(1)
+        z = matmul(flat.expand(weight.shape[0], -1, -1), weight)
         z.view(z.shape[0], batch, particles, z.shape[2]).add_(share.unsqueeze(2))
         return z
 
     def hidden(self, z: Tensor, tape: list[_Layer] | None = None) -> Tensor:
         """From z of the first layer to the last activation [E, R, H]; ``tape`` collects what a backward needs."""
-        mlp = self.mlp
         h = self._normalise_and_activate(0, z, tape)
-        for i in range(1, len(mlp.weights) - 1):
-            h = self._normalise_and_activate(i, matmul(h, mlp.weights[i], mlp.biases[i]), tape)
+        for i in range(1, len(self.weights) - 1):
+            h = self._normalise_and_activate(i, matmul(h, self.weights[i], self.biases[i]), tape)
         return h
 
     def _normalise_and_activate(self, i: int, z: Tensor, tape: list[_Layer] | None) -> Tensor:
-        mlp = self.mlp
         mean = rstd = None
         y = z
-        if mlp.norm_scales:
+        if self.scales:
             y, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], None, None, LAYER_NORM_EPS)
-            y.mul_(mlp.norm_scales[i].unsqueeze(1)).add_(mlp.norm_biases[i].unsqueeze(1))
+            torch.addcmul(self.shifts[i], y, self.scales[i], out=y)
         if tape is not None:
             tape.append(_Layer(z, mean, rstd, y))
-        return activate_(mlp.activation, y)
+        return activate_(self.activation, y)
 
     def output(self, h: Tensor) -> Tensor:
         """The last linear layer: [E, R, H] -> [E, R, out]."""
-        return matmul(h, self.mlp.weights[-1], self.mlp.biases[-1])
+        return matmul(h, self.weights[-1], self.biases[-1])
 
 
 class CriticAtStates(StackAtStates):
@@ -176,8 +179,7 @@ class CriticAtStates(StackAtStates):
     @torch.no_grad()
     def values(self, actions: Tensor) -> Tensor:
         """Q of every member: actions [B, N, A] -> [E, B, N], in float32 at least."""
-        q = self.output(self.hidden(self.first_layer(actions)))
-        return self._as_values(q, actions)
+        return self._as_values(self.output(self._hidden_at(actions)), actions)
 
     @torch.no_grad()
     def values_and_score(self, actions: Tensor, aggregation: str = "mean") -> tuple[Tensor, Tensor]:
@@ -185,26 +187,36 @@ class CriticAtStates(StackAtStates):
 
         The gradient of the minimum is that of the smallest member, particle by particle. (ALGORITHM: flow step 1.)
         """
-        mlp = self.mlp
         tape: list[_Layer] = []
-        q = self.output(self.hidden(self.first_layer(actions), tape))
-        members = q.shape[0]
-        head = mlp.weights[-1].transpose(1, 2)  # [E, 1, H]
-        if aggregation == "mean":
+        q = self.output(self._hidden_at(actions, tape))
+        return self._as_values(q, actions), self._backward(tape, q, aggregation, actions)
+
+    @torch.no_grad()
+    def score(self, actions: Tensor, aggregation: str = "mean") -> Tensor:
+        """The score of ``values_and_score`` alone: the mean's gradient needs no values."""
+        tape: list[_Layer] = []
+        h = self._hidden_at(actions, tape)
+        return self._backward(tape, self.output(h) if aggregation == "min" else None, aggregation, actions)
+
+    def _hidden_at(self, actions: Tensor, tape: list[_Layer] | None = None) -> Tensor:
+        return self.hidden(self.first_layer(actions, self.rest_weight, self.state_share), tape)
+
+    def _backward(self, tape: list[_Layer], q: Tensor | None, aggregation: str, actions: Tensor) -> Tensor:
+        head = self.weights[-1].transpose(1, 2)  # [E, 1, H]
+        members = head.shape[0]
+        if q is None or aggregation == "mean":
             grad = (head / members).expand_as(tape[-1].y)
         else:
             smallest = q.argmin(dim=0, keepdim=True) == torch.arange(members, device=q.device).view(-1, 1, 1)
             grad = smallest * head
         for i in range(len(tape) - 1, -1, -1):
             layer = tape.pop()
-            grad = activation_backward(mlp.activation, grad, layer.y)
+            grad = activation_backward(self.activation, grad, layer.y)
             if layer.mean is not None and layer.rstd is not None:
-                grad.mul_(mlp.norm_scales[i].unsqueeze(1))
+                grad.mul_(self.scales[i])
                 grad = layer_norm_backward(grad, layer.z, layer.mean, layer.rstd)
-            weight = mlp.weights[i] if i else self.rest_weight
-            grad = matmul(grad, weight.transpose(1, 2))
-        score = grad.to(actions.dtype).sum(dim=0).view_as(actions)
-        return self._as_values(q, actions), score
+            grad = matmul(grad, self.weights[i].transpose(1, 2))
+        return grad.to(actions.dtype).sum(dim=0).view_as(actions)
 
     @staticmethod
     def _as_values(q: Tensor, actions: Tensor) -> Tensor:
@@ -226,10 +238,10 @@ def behavior_flow(velocity: MLPWeights, observations: Tensor, noise: Tensor, ste
     observations [B, O], noise [B, N, A] -> particles [B, N, A] in the dtype of ``noise``.
     """
     field = StackAtStates(velocity, observations)
-    time_weight = field.rest_weight[:, -1]  # [1, H], the input after the action
+    action_weight, time_weight = field.rest_weight[:, :-1], field.rest_weight[:, -1:]
     x = noise
     for k in range(steps):
-        z = field.first_layer(x, shift=time_weight * (k / steps) if k else None)
+        z = field.first_layer(x, action_weight, torch.add(field.state_share, time_weight, alpha=k / steps))
         v = field.output(field.hidden(z)).view_as(x)
         x = x.add(v, alpha=1.0 / steps)
     return x.clamp(-1.0, 1.0)
@@ -251,12 +263,7 @@ def gaussian_sample(mean: Tensor, log_std: Tensor, noise: Tensor, tanh: bool) ->
 
 def squared_distances(particles: Tensor) -> Tensor:
     """D_ij = ||x_i - x_j||^2 by differences, so exactly symmetric: [B, N, A] -> [B, N, N]."""
-    x = particles.transpose(1, 2).contiguous()
-    distances = torch.zeros(x.shape[0], x.shape[2], x.shape[2], dtype=x.dtype, device=x.device)
-    for a in range(x.shape[1]):
-        difference = x[:, a, :, None] - x[:, a, None, :]
-        distances.addcmul_(difference, difference)
-    return distances
+    return torch.cdist(particles, particles, compute_mode="donot_use_mm_for_euclid_dist").square_()
 
 
 class Bandwidth(NamedTuple):
@@ -381,7 +388,7 @@ def value_gradient_flow(
     moments = [torch.zeros_like(x), torch.zeros_like(x)] if optimizer == "adam" else [None, None]
     trajectory = [x.clone()] if return_trajectory else []
     for step in range(1, steps + 1):
-        _, score = at_states.values_and_score(x, q_aggregation)
+        score = at_states.score(x, q_aggregation)
         step_(x, score, *moments, step, step_size, temperature, bandwidth_gradient, repulsion, optimizer)
         if return_trajectory:
             trajectory.append(x.clone())
