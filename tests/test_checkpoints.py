@@ -32,6 +32,12 @@ def test_round_trip(path):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_equal_checkpoints_are_equal_files(path, tmp_path):
+    for number in range(5):
+        checkpoints.save_tensors(tmp_path / f"{number}", "policy", dict(reversed(TENSORS.items())), HEADER)
+        assert (tmp_path / f"{number}").read_bytes() == path.read_bytes()
+
+
 def test_every_truncation_and_flipped_bits_are_noticed(path):
     whole = path.read_bytes()
     for length in range(0, len(whole), 7):

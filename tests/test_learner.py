@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import vgf_fast as vgf
+from vgf_fast import reference
 from vgf_fast.checkpoints import CheckpointError
 from vgf_fast.data.dataset import Dataset
 
@@ -191,6 +192,25 @@ def test_an_interrupted_fit_saves(tmp_path):
         learner.fit(make_dataset(), 9, log_interval=4, checkpoint_dir=tmp_path, on_log=interrupt, progress=False)
     assert_same_state(vgf.Learner.resume(tmp_path), learner)
     assert learner.step == 4
+
+
+def test_ctrl_c_in_the_middle_of_an_update_takes_effect_after_it(tmp_path, monkeypatch):
+    learner = vgf.Learner(vgf.VGFPolicy(CONFIG), TRAIN)
+    polyak = reference.polyak_
+
+    def interrupted(*arguments):
+        polyak(*arguments)
+        if learner.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(reference, "polyak_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learner.fit(make_dataset(), 9, checkpoint_dir=tmp_path, progress=False)
+    assert learner.step == 3
+    untouched = vgf.Learner(vgf.VGFPolicy(CONFIG), TRAIN)
+    monkeypatch.undo()
+    untouched.fit(make_dataset(), 3, progress=False)
+    assert_same_state(vgf.Learner.resume(tmp_path), untouched)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from vgf_fast.functional import (
 )
 from vgf_fast.learner import Learner
 from vgf_fast.policy import VGFPolicy
+from vgf_fast.presets import presets, train_presets
 from vgf_fast.reference import FlowResult
 
 __version__ = "0.1.0"
@@ -29,8 +30,10 @@ __all__ = [
     "behavior_flow",
     "config_from_reference",
     "critic_value_and_score",
+    "presets",
     "select_particle",
     "svgd_direction",
     "td_target",
+    "train_presets",
     "value_gradient_flow",
 ]

@@ -82,15 +82,10 @@ def save_tensors(
     """
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(header, sort_keys=True)
-    metadata = {
-        "format": _FORMAT,
-        "version": str(_FORMAT_VERSION),
-        "kind": kind,
-        "header": text,
-        "sha256": _digest(data, text),
-    }
+    about = {"version": _FORMAT_VERSION, "kind": kind, "header": text, "sha256": _digest(data, text)}
+    # One entry: safetensors writes several in random order, and equal checkpoints would differ in their bytes.
     with replacing(path) as temporary:
-        save_file(data, temporary, metadata=metadata)
+        save_file(data, temporary, metadata={_FORMAT: json.dumps(about)})
 
 
 def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -103,19 +98,24 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
+            metadata = (file.metadata() or {}).get(_FORMAT)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or incomplete: {error}") from error
-    if metadata.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} was not written by vgf_fast: its metadata has no format={_FORMAT!r}")
-    if metadata.get("version") != str(_FORMAT_VERSION):
-        raise CheckpointError(f"{path} has format version {metadata.get('version')}, expected {_FORMAT_VERSION}")
-    if metadata.get("kind") != kind:
-        raise CheckpointError(f"{path} holds a {metadata.get('kind')}, expected a {kind}")
-    if metadata.get("sha256") != _digest(tensors, metadata["header"]):
+    if metadata is None:
+        raise CheckpointError(f"{path} was not written by vgf_fast: its metadata has no entry {_FORMAT!r}")
+    try:
+        about = json.loads(metadata)
+        version, found, text, digest = (about[key] for key in ("version", "kind", "header", "sha256"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: its metadata cannot be read: {error}") from error
+    if version != _FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {version}, expected {_FORMAT_VERSION}")
+    if found != kind:
+        raise CheckpointError(f"{path} holds a {found}, expected a {kind}")
+    if digest != _digest(tensors, text):
         raise CheckpointError(f"{path} is damaged: its tensors do not match the checksum it was written with")
-    return tensors, json.loads(metadata["header"])
+    return tensors, json.loads(text)
 
 
 def load_module_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

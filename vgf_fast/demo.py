@@ -8,6 +8,7 @@ drowned in noise; VGF finds better torques than any in the data, the further its
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -25,14 +26,16 @@ from vgf_fast.functional import Backend
 from vgf_fast.learner import Learner
 from vgf_fast.policy import VGFPolicy
 from vgf_fast.presets import preset
+from vgf_fast.progress import progress_bar
 
 ENVIRONMENT = "Reacher-v5"
 PRESET = "demo/reacher"
 STEPS = 50  # of an episode: Reacher-v5's own time limit
 LINKS = (0.1, 0.11)  # metres, from the shoulder to the elbow and on to the fingertip
 GAIN, DAMPING, NOISE = 60.0, 0.06, 0.8  # torque a metre of J^T error; torque a rad/s; standard deviation of the torque
-CURVE_MARKS = 8
-CURVE_FLOW_STEPS = (0, 3)
+CURVE_MARKS = (0, 1, 2, 3, 4, 6, 8, 12, 16)  # sixteenths of the updates: most is learnt early
+CURVE_FLOW_STEPS = (0, 5)
+BAR_UPDATES = 20  # between moves of the progress bar
 PICTURE_FLOW_STEPS = 10
 PICTURE_STATES = 512  # among which the pictured one is looked for
 PICTURE_GRID = 61
@@ -52,10 +55,12 @@ class DemoConfig:
     curve_episodes: int = 20  # for each point of the learning curve
     flow_steps: tuple[int, ...] = (0, 1, 2, 3, 5, 10)  # L_test of the table
 
-    def __post_init__(self) -> None:
+    def checked(self) -> DemoConfig:
+        """This, or ``ValueError`` for a field outside its range."""
         for field in ("episodes", "updates", "eval_episodes", "curve_episodes"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}, expected at least 1")
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,20 +121,29 @@ def collect(episodes: int, seed: int) -> tuple[Dataset, np.ndarray]:
             for _ in range(STEPS):
                 noise = rng.normal(0.0, NOISE, size=(count, 2))
                 action = np.clip(controller(observation) + noise, -1.0, 1.0).astype(np.float32)
-                following, reward, _, _, _ = environments.step(action)
-                for name, value in zip(names, (observation, action, following, reward), strict=True):
+                next_observation, reward, _, _, _ = environments.step(action)
+                for name, value in zip(names, (observation, action, next_observation, reward), strict=True):
                     columns[name].append(np.array(value))
-                observation = following
+                observation = next_observation
             # [STEPS, count, ...] -> [count, STEPS, ...]: an episode's steps side by side.
             rounds.append({name: np.stack(column).swapaxes(0, 1) for name, column in columns.items()})
     finally:
         environments.close()
     fields = {name: np.concatenate([one[name] for one in rounds])[:episodes] for name in names}
     returns = fields["rewards"].sum(axis=1)
-    flat = {name: field.reshape(episodes * STEPS, *field.shape[2:]) for name, field in fields.items()}
+    observations, actions, next_observations, rewards = (
+        fields[name].reshape(-1, *fields[name].shape[2:]) for name in names
+    )
     # The time limit cuts episodes off; it is no property of a state, so that every value is bootstrapped.
-    terminals = np.arange(episodes * STEPS) % STEPS == STEPS - 1
-    return Dataset.from_arrays(**flat, masks=np.ones(episodes * STEPS), terminals=terminals), returns
+    dataset = Dataset.from_arrays(
+        observations=observations,
+        actions=actions,
+        next_observations=next_observations,
+        rewards=rewards,
+        masks=np.ones(len(rewards)),
+        terminals=np.arange(len(rewards)) % STEPS == STEPS - 1,
+    )
+    return dataset, returns
 
 
 def make_env() -> Any:
@@ -156,6 +170,7 @@ def run(
     """
     from vgf_fast import plots
 
+    config.checked()
     say(f"collecting {config.episodes} episodes of {ENVIRONMENT}")
     dataset, returns = collect(config.episodes, config.seed)
     low, high = bootstrap_interval(returns, CONFIDENCE, config.seed)
@@ -200,33 +215,37 @@ def make_learner(config: DemoConfig, device: str | None = None, backend: Backend
 
 
 def train(learner: Learner, dataset: Dataset, config: DemoConfig) -> list[CurvePoint]:
-    """All updates, with a small evaluation before the first and after every eighth of them."""
-    marks = sorted({round(config.updates * mark / CURVE_MARKS) for mark in range(CURVE_MARKS + 1)})
+    """All updates, with small evaluations before the first and along the way."""
+    marks = sorted({round(config.updates * mark / 16) for mark in CURVE_MARKS})
     curve: list[CurvePoint] = []
-    for mark in marks:
-        learner.fit(dataset, mark - learner.step, log_interval=config.updates + 1)
-        results = evaluate(
-            learner.policy,
-            make_env,
-            episodes=config.curve_episodes,
-            flow_steps=CURVE_FLOW_STEPS,
-            seed=config.seed,
-            num_envs=config.curve_episodes,
-            behavior_cloning=True,
-            confidence=CONFIDENCE,
-            progress=False,
-        )
-        curve += [CurvePoint(learner.step, result) for result in results]
+    with progress_bar("training", total=config.updates) as advance:
+        for mark in marks:
+            while learner.step < mark:
+                updates = min(mark - learner.step, BAR_UPDATES)
+                learner.fit(dataset, updates, log_interval=config.updates + 1, progress=False)
+                for _ in range(updates):
+                    advance()
+            results = evaluate(
+                learner.policy,
+                make_env,
+                episodes=config.curve_episodes,
+                flow_steps=CURVE_FLOW_STEPS,
+                seed=config.seed,
+                num_envs=config.curve_episodes,
+                behavior_cloning=True,
+                confidence=CONFIDENCE,
+                progress=False,
+            )
+            curve += [CurvePoint(learner.step, result) for result in results]
     return curve
 
 
 def _compare(results: Sequence[EvaluationResult]) -> tuple[tuple[str, ...], bool]:
-    """Labels of bc, the fewest and the most flow steps up to 5, and whether each interval lies above the one before."""
-    flows = sorted(
-        (one for one in results if one.label != "bc" and one.flow_steps <= 5), key=lambda one: one.flow_steps
-    )
-    chosen = [one for one in results if one.label == "bc"] + flows[:1] + flows[1:][-1:]
-    apart = all(worse.return_high < better.return_low for worse, better in zip(chosen, chosen[1:], strict=False))
+    """Labels of bc and of the fewest and the most flow steps up to 5; whether each interval lies above the last."""
+    flows = [result for result in results if result.label != "bc" and result.flow_steps <= 5]
+    flows.sort(key=lambda result: result.flow_steps)
+    chosen = [result for result in results if result.label == "bc"] + flows[:1] + flows[1:][-1:]
+    apart = all(worse.return_high < better.return_low for worse, better in itertools.pairwise(chosen))
     return tuple(one.label for one in chosen), apart
 
 
@@ -267,9 +286,8 @@ class Picture:
 
 @torch.no_grad()
 def picture(policy: VGFPolicy, dataset: Dataset, seed: int) -> Picture:
-    """The flow in that state, of ``PICTURE_STATES``, where particles travel farthest to a best action inside the square.
-
-    Elsewhere all of them end in a corner.
+    """The flow in that one of ``PICTURE_STATES`` states where particles travel farthest to a best action inside the
+    square; in most others it lies in a corner.
     """
     generator = torch.Generator(policy.device).manual_seed(seed)
     states = dataset.sample(PICTURE_STATES, generator)["observations"]

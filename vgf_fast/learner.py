@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,8 +202,8 @@ class Learner:
         ``eval_env`` makes one environment; every ``eval_interval`` updates and at the end it is evaluated for
         each of ``eval_flow_steps`` flow steps (L_test). A record holds ``step`` and the metrics of that update, or an
         evaluation's, and is passed to ``on_log``. ``checkpoint_dir`` is saved to every ``checkpoint_interval`` updates,
-        at the end, and when interrupted (Ctrl-C, or any error), so that ``Learner.resume`` goes on from there.
-        Intervals are counted in ``learner.step``, so that a resumed run logs, evaluates and saves at the same steps.
+        at the end, and when interrupted by Ctrl-C, which takes effect between two updates, so that ``Learner.resume``
+        goes on exactly. Intervals are counted in ``learner.step``: a resumed run logs, evaluates and saves at the same.
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps is {steps!r}, expected an integer >= 0")
@@ -221,8 +224,9 @@ class Learner:
         try:
             with progress_bar("training", total=steps, enabled=progress) as advance:
                 while self.step < end:
-                    batch = dataset.sample(self.config.batch_size, self.generator)
-                    metrics = self.update(batch, check=False)
+                    with _interrupt_afterwards():
+                        batch = dataset.sample(self.config.batch_size, self.generator)
+                        metrics = self.update(batch, check=False)
                     last = self.step == end
                     if self.step % log_interval == 0 or last:
                         log({"step": self.step, **{name: value.item() for name, value in metrics.items()}})
@@ -237,9 +241,10 @@ class Learner:
                         self.save(checkpoint_dir)
                         saved_at = self.step
                     advance()
-        finally:
+        except KeyboardInterrupt:
             if checkpoint_dir is not None and saved_at != self.step:
                 self.save(checkpoint_dir)
+            raise
         return records
 
     def _evaluate(
@@ -316,6 +321,25 @@ class Learner:
             learner.generator.set_state(tensors["generator/learner"])
             policy.generator.set_state(tensors["generator/policy"])
         return learner
+
+
+@contextlib.contextmanager
+def _interrupt_afterwards() -> Iterator[None]:
+    """Hold back a Ctrl-C until the block is done, where Python's own handler would raise it in the middle."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    noted: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if noted:
+        raise KeyboardInterrupt
 
 
 def _first_row(marked: Tensor) -> int:

@@ -44,13 +44,12 @@ def learning_curve(
     )  # fmt: skip
     names = {"bc": "behaviour cloning", "L=0": "L = 0 (best of N)"}
     for color, (label, (mean, low, high)) in zip(COLORS, lines.items(), strict=False):
-        axes.plot(
-            updates, mean, color=color, marker="o", markersize=4, label=names.get(label, label.replace("=", " = "))
-        )
+        name = names.get(label, label.replace("=", " = "))
+        axes.plot(updates, mean, color=color, marker="o", markersize=4, label=name, clip_on=False, zorder=3)
         axes.fill_between(updates, low, high, color=color, alpha=0.18, linewidth=0)
     axes.set_xlabel("updates")
     axes.set_ylabel("return of an episode")
-    axes.set_title("Reacher: the further particles may flow, the better", fontsize=11)
+    axes.set_title("Reacher: return while learning", fontsize=11)
     axes.set_xlim(updates[0], updates[-1])
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -60,26 +59,21 @@ def learning_curve(
 
 def particles(path: str | os.PathLike[str], picture: Picture) -> None:
     """The particles' ways over the contours of Q in the action square."""
-    figure = _figure(6.0, 5.0)
+    figure = _figure(5.8, 5.2)
     axes = figure.add_subplot()
     contours = axes.contourf(picture.grid, picture.grid, picture.q, levels=24, cmap="YlGnBu_r")
-    axes.contour(picture.grid, picture.grid, picture.q, levels=24, colors="white", linewidths=0.3, alpha=0.6)
-    figure.colorbar(contours, ax=axes, label="Q, mean of the critics")
+    figure.colorbar(contours, ax=axes, shrink=0.8, pad=0.03, label="Q, mean over the critics")
     start, end = picture.trajectory[0], picture.trajectory[-1]
     for way in picture.trajectory.swapaxes(0, 1):
         axes.plot(way[:, 0], way[:, 1], color="black", linewidth=1.0, marker=".", markersize=3, zorder=3)
-    style = {"zorder": 4, "edgecolors": "black", "linewidths": 0.8, "clip_on": False}
-    axes.scatter(start[:, 0], start[:, 1], s=36, color="white", label="drawn from the behaviour model", **style)
-    axes.scatter(
-        end[:, 0], end[:, 1], s=36, color="#d95f02", label=f"after {len(picture.trajectory) - 1} steps", **style
-    )
-    chosen = end[picture.chosen]
-    axes.scatter(*chosen, s=220, marker="*", color="#ffd92f", label="chosen: the largest Q", **{**style, "zorder": 5})
-    axes.set_xlabel("torque of the shoulder")
-    axes.set_ylabel("torque of the elbow")
-    axes.set_title("Particles flow up the value in one state", fontsize=11)
-    axes.set_xlim(-1, 1)
-    axes.set_ylim(-1, 1)
-    axes.set_aspect("equal")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False, fontsize=8, columnspacing=1.0)
+    steps = len(picture.trajectory) - 1
+    dots = {"edgecolors": "black", "linewidths": 0.8, "clip_on": False, "s": 36, "zorder": 4}
+    star = {**dots, "marker": "*", "s": 220, "zorder": 5}
+    axes.scatter(*start.T, color="white", label="drawn from the behaviour model", **dots)
+    axes.scatter(*end.T, color="#d95f02", label=f"after {steps} flow steps", **dots)
+    axes.scatter(*end[picture.chosen], color="#ffd92f", label="chosen: the largest Q", **star)
+    axes.set(xlabel="torque of the shoulder", ylabel="torque of the elbow", xlim=(-1, 1), ylim=(-1, 1))
+    axes.set(xticks=[-1, -0.5, 0, 0.5, 1], yticks=[-1, -0.5, 0, 0.5, 1], aspect="equal")
+    axes.set_title("Reacher: particles flow up the value in one state", fontsize=11)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, columnspacing=1.0, handletextpad=0.3)
     _save(figure, path)

@@ -1,0 +1,110 @@
+"""Presets: all of them make configurations, inherit as written, and say what is not the release's."""
+
+import dataclasses
+import importlib.util
+import json
+from importlib.resources import files
+
+import pytest
+
+from vgf_fast.config import TrainConfig, TransportBudget, VGFConfig
+from vgf_fast.presets import dotted, merged, preset, presets, train_presets
+from vgf_fast.settings import RunConfig
+
+NAMES = list(presets)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_makes_configurations(name):
+    one = preset(name)
+    assert isinstance(presets[name], VGFConfig)
+    assert isinstance(train_presets[name], TrainConfig)
+    RunConfig.from_dict(one.run)
+    fields = set(dotted({"policy": one.policy, "train": one.train, "run": one.run}))
+    assert one.ours <= fields
+    # A field that is written in the file reaches the configuration.
+    for field, value in one.train.items():
+        assert getattr(train_presets[name], field) == value
+    for budget in ("train_budget", "test_budget"):
+        assert dataclasses.asdict(getattr(presets[name], budget)) == one.policy[budget]
+
+
+def test_the_release_and_the_paper():
+    cube = presets["ogbench/cube-double-play"]
+    assert (cube.observation_dim, cube.action_dim, cube.particles, cube.behavior_steps) == (37, 5, 10, 10)
+    assert cube.hidden_dims == cube.behavior_hidden_dims == (512, 512, 512, 512)
+    assert cube.target_q_aggregation == "mean"
+    assert train_presets["ogbench/cube-double-play"].discount == 0.99
+    for name in ("antmaze-large-navigate", "humanoidmaze-medium-navigate", "antsoccer-arena-navigate"):
+        assert train_presets[f"ogbench/{name}"].discount == 0.995
+    maze = presets["d4rl/antmaze-large-diverse-v2"]
+    assert maze.train_budget == TransportBudget(5, 0.1, 0.1)
+    assert maze.target_q_aggregation == "min"
+    assert [preset(f"ogbench/antmaze-{size}-navigate").run["steps"] for size in ("large", "giant")] == [
+        2 * 10**6,
+        3 * 10**6,
+    ]
+    assert presets["ogbench/puzzle-3x3-play"].train_budget == TransportBudget(5, 0.1, 1.0)
+    for name in NAMES:
+        assert not presets[name].bandwidth_gradient
+
+
+def test_what_is_ours_is_said():
+    assert "policy.train_budget.temperature" in preset("d4rl/hopper-medium-v2").ours
+    assert "policy.train_budget.step_size" not in preset("d4rl/hopper-medium-v2").ours
+    # The family's choice is the release's own value in this task.
+    assert preset("ogbench/puzzle-3x3-play").ours == {"policy.test_budget.steps"}
+    assert preset("ogbench/puzzle-4x4-play").ours >= {"policy.train_budget.temperature"}
+    assert "policy.train_budget.steps" not in preset("ogbench/puzzle-4x4-play").ours
+    assert "train.discount" in preset("demo/reacher").ours
+
+
+@pytest.mark.filterwarnings("ignore:.*precision lowered by casting")
+def test_sizes_are_the_environments():
+    pytest.importorskip("ogbench")
+    from vgf_fast.data import ogbench
+
+    for name in ("ogbench/pointmaze-medium-navigate", "ogbench/cube-single-play", "ogbench/antmaze-large-navigate"):
+        environment = ogbench.make_env(preset(name).run["task"])
+        sizes = (environment.observation_space.shape[0], environment.action_space.shape[0])
+        environment.close()
+        assert (presets[name].observation_dim, presets[name].action_dim) == sizes
+
+
+def test_unknown_names_get_the_closest():
+    with pytest.raises(ValueError, match=r"no preset 'cube-double'; the closest are .*ogbench/cube-double-play"):
+        presets["cube-double"]
+    with pytest.raises(KeyError):
+        train_presets["cube-double"]
+    assert "cube-double" not in presets
+    assert presets.get("cube-double") is None
+
+
+def test_they_are_a_mapping():
+    assert len(presets) == len(NAMES) == len(set(NAMES)) == len(train_presets)
+    assert "ogbench/scene-play" in presets
+    assert dict(presets.items())["ogbench/scene-play"] == presets["ogbench/scene-play"]
+
+
+def test_every_family_is_used_and_every_field_known():
+    tables = json.loads(files("vgf_fast").joinpath("presets.json").read_text())
+    blocks = {**tables["families"], **tables["presets"]}
+    assert {block["inherits"] for block in blocks.values() if "inherits" in block} == set(tables["families"])
+    known = {"inherits", "policy", "train", "run", "ours"}
+    assert all(set(block) <= known for block in blocks.values())
+
+
+def test_merging_writes_neither():
+    base, change = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}, "e": {"f": 5}}
+    assert merged(base, change) == {"a": {"b": 4, "c": 2}, "d": 3, "e": {"f": 5}}
+    assert base == {"a": {"b": 1, "c": 2}, "d": 3}
+    assert list(dotted(merged(base, change))) == ["a.b", "a.c", "d", "e.f"]
+
+
+def test_the_file_is_read_when_asked_for():
+    spec = importlib.util.find_spec("vgf_fast.presets")
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    assert fresh._tables.cache_info().misses == 0
+    assert fresh.presets["demo/reacher"] == presets["demo/reacher"]
+    assert fresh._tables.cache_info().misses == 1

@@ -1,0 +1,350 @@
+"""The command line: vgf-fast demo | generate | train | evaluate | info.
+
+Exit codes: 0 done, 1 a mistake that is told in one line, 2 wrong usage, 130 interrupted. ``VGF_FAST_DEBUG=1`` shows the
+traceback of a mistake.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pkgutil
+import platform
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vgf_fast import checkpoints, functional
+from vgf_fast.config import Precision
+from vgf_fast.demo import DemoConfig
+from vgf_fast.functional import Backend
+from vgf_fast.run import InterruptedRunError
+from vgf_fast.settings import RunConfig, Sections
+from vgf_fast.simulators import EvaluationError, Workers
+
+if TYPE_CHECKING:
+    from vgf_fast.console import Console
+
+INTERRUPTED = 130
+MISTAKES = (ValueError, OSError, ImportError, ArithmeticError, EvaluationError)
+PACKAGES = (
+    "vgf_fast", "torch", "triton", "numpy", "safetensors", "gymnasium", "mujoco", "ogbench", "h5py", "minari",
+    "transformers", "tyro", "rich", "tensorboard", "matplotlib",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Demo:
+    """Train a two-joint arm to reach from noisy data, on the CPU in minutes: pictures, results and a policy."""
+
+    demo: DemoConfig = dataclasses.field(default_factory=DemoConfig)
+    out: Path = Path("demo")  # directory of the pictures, results.json and policy/
+    device: str | None = None  # cpu, cuda, ...; default: the CPU, which suits networks this small
+    backend: Backend = "auto"  # auto, triton or torch
+
+
+@dataclasses.dataclass
+class Generate:
+    """Generate an OGBench data set in the simulator, with nothing to download."""
+
+    env: str  # data set, such as cube-single-play or pointmaze-medium-navigate
+    out: Path  # directory of the two files
+    episodes: int | None = None  # training episodes; or give transitions
+    transitions: int | None = None  # training transitions, rounded up to whole episodes
+    validation_episodes: int | None = None  # default: a tenth of the training episodes
+    seed: int = 0  # of all episodes
+    processes: int = 2  # how many simulate at once
+    overwrite: bool = False  # replace files that exist
+
+
+@dataclasses.dataclass
+class Train:
+    """Train a policy on an OGBench task. Flags override --set, which overrides --config, which overrides --preset."""
+
+    out: Path  # directory of the run
+    preset: str | None = None  # settings of the paper, such as ogbench/cube-double-play
+    config: Path | None = None  # YAML file with the sections policy, train and run
+    set: tuple[str, ...] = ()  # any settings: policy.particles=5 policy.train_budget.steps=3 train.discount=0.995
+    resume: bool = False  # go on from the directory's checkpoint, or start if it has none
+    overwrite: bool = False  # remove the run that is in the directory
+    seed: int | None = None  # of weights, training and evaluation (0)
+    precision: Precision | None = None  # of the matrix products (float32)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+
+@dataclasses.dataclass
+class Evaluate:
+    """Evaluate a saved policy for several numbers of flow steps, on the same episodes."""
+
+    policy: Path  # directory of a saved policy, or of a run
+    task: str | None = None  # OGBench single task; default: the run's
+    env: str | None = None  # a Gymnasium environment instead, such as Reacher-v5
+    flow_steps: tuple[int, ...] = (0, 1, 2, 3)  # numbers of flow steps (L_test)
+    behavior_cloning: bool = False  # the behaviour model alone, too
+    episodes: int = 50  # for each number of flow steps
+    num_envs: int = 10  # environments side by side
+    workers: Workers = "sync"  # simulate in this process (sync) or in one process a core (async)
+    seed: int = 0  # of the episodes
+    confidence: float = 0.95  # of the intervals
+    json: Path | None = None  # file to write the results to
+    device: str | None = None  # cpu, cuda, ...; default: the GPU if there is one
+    backend: Backend = "auto"  # auto, triton or torch
+
+
+@dataclasses.dataclass
+class Info:
+    """Versions, devices, backends and kernels."""
+
+    json: bool = False  # as JSON
+
+
+# --- commands -----------------------------------------------------------------------------------------------------
+
+
+def _demo(options: Demo, console: Console) -> None:
+    from vgf_fast import demo
+    from vgf_fast.run import choose_device
+
+    device = choose_device(options.device or "cpu")
+    found = demo.run(options.demo, options.out, device, options.backend, console.line)
+    baseline = ("the data's own controller", found.data_mean, found.data_low, found.data_high)
+    console.results(f"{demo.ENVIRONMENT}, seed {options.demo.seed}", found.results, demo.CONFIDENCE, baseline)
+    names = " < ".join(found.compared)
+    console.line(f"{names}: the intervals {'are apart' if found.apart else 'overlap, or are in another order'}")
+    console.line(f"written to {options.out}: learning_curve.png, particles.png, results.json, policy/")
+
+
+def _generate(options: Generate, console: Console) -> None:
+    from vgf_fast.data.generate import GenerationError, generate
+
+    try:
+        files = generate(
+            options.env,
+            options.out,
+            episodes=options.episodes,
+            transitions=options.transitions,
+            validation_episodes=options.validation_episodes,
+            seed=options.seed,
+            processes=options.processes,
+            overwrite=options.overwrite,
+        )
+    except GenerationError as error:
+        raise ValueError(str(error)) from error
+    for path in files:
+        console.line(f"written: {path}")
+
+
+def _train(options: Train, sections: Sections, console: Console) -> None:
+    from vgf_fast import run as runs
+    from vgf_fast.data import ogbench
+
+    run, out = options.run, options.out
+    if runs.holds_run(out) and not options.resume:
+        if not options.overwrite:
+            raise FileExistsError(f"{out} holds a run: go on with --resume, or remove it with --overwrite")
+        runs.clear(out)
+    if not run.task:
+        raise ValueError("there is no task: give --task, or a preset or configuration with run.task")
+    if run.dataset_dir is not None:
+        run = dataclasses.replace(run, dataset_dir=str(Path(run.dataset_dir).expanduser().resolve()))
+    data = ogbench.load(run.task, run.dataset_dir, device=runs.choose_device(run.device))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        console.line(ogbench.summary(data.train, run.task))
+    for warning in caught:
+        console.line(f"warning: {warning.message}")
+    learner = runs.open_learner(out, sections, data.train, run)
+    policy = learner.policy
+    backend = functional.resolve_backend(
+        policy.backend, policy.device, policy.config.particles, policy.config.action_dim, policy.particle_dtype
+    )
+    weights = sum(parameter.numel() for parameter in policy.parameters())
+    start = f"going on after {learner.step:,} of" if learner.step else "training for"
+    console.line(f"{start} {run.steps:,} updates: {weights:,} weights on {policy.device}, backend {backend}")
+    runs.train(out, run, learner, data.train, lambda: ogbench.make_env(run.task), console)
+    console.line(f"done; evaluate with: vgf-fast evaluate --policy {out}")
+
+
+def _train_settings(options: Train) -> Sections:
+    """Everything but the flags of the run: the directory's own settings first, where it is gone on with."""
+    from vgf_fast import run as runs
+    from vgf_fast.settings import layered, read_file
+
+    saved = options.out / runs.SETTINGS_FILE
+    base: Sections = read_file(saved) if options.resume and saved.is_file() else {}
+    sections = layered(options.preset, options.config, options.set, base)
+    for name in ("seed", "precision"):
+        if getattr(options, name) is not None:
+            sections["train"][name] = getattr(options, name)
+    return sections
+
+
+def _evaluate(options: Evaluate, console: Console) -> None:
+    from vgf_fast.evaluation import evaluate
+    from vgf_fast.policy import MODEL_FILE, VGFPolicy
+    from vgf_fast.run import POLICY, SETTINGS_FILE, choose_device
+    from vgf_fast.settings import read_file
+
+    if options.task is not None and options.env is not None:
+        raise ValueError(f"--task is {options.task} and --env is {options.env}, expected only one of them")
+    folder, task = options.policy, options.task
+    if not (folder / MODEL_FILE).is_file() and (folder / POLICY / MODEL_FILE).is_file():
+        folder = folder / POLICY
+    if task is None and options.env is None and (options.policy / SETTINGS_FILE).is_file():
+        task = read_file(options.policy / SETTINGS_FILE).get("run", {}).get("task")
+    policy = VGFPolicy.from_pretrained(folder, device=choose_device(options.device), backend=options.backend)
+    if options.env is not None:
+        import gymnasium
+
+        name = options.env
+        try:
+            gymnasium.spec(name)
+        except gymnasium.error.Error as error:
+            raise ValueError(f"--env is {name}: {error}") from error
+        make_env = lambda: gymnasium.make(name)  # noqa: E731
+    elif task:
+        from vgf_fast.data import ogbench
+
+        name = task
+        make_env = lambda: ogbench.make_env(name)  # noqa: E731
+    else:
+        raise ValueError("there is no task: give --task, or --env for a Gymnasium environment")
+    results = evaluate(
+        policy,
+        make_env,
+        episodes=options.episodes,
+        flow_steps=options.flow_steps,
+        seed=options.seed,
+        num_envs=options.num_envs,
+        behavior_cloning=options.behavior_cloning,
+        workers=options.workers,
+        confidence=options.confidence,
+    )
+    console.results(f"{name}, {options.episodes} episodes", results, options.confidence)
+    if options.json is not None:
+        record = {
+            "policy": str(folder),
+            "environment": name,
+            "seed": options.seed,
+            "confidence": options.confidence,
+            "results": [result.to_dict() for result in results],
+        }
+        checkpoints.write_text(options.json, json.dumps(record, indent=2) + "\n")
+        console.line(f"written: {options.json}")
+
+
+def information() -> dict[str, Any]:
+    """Versions, devices, backends and kernels, as JSON types."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    devices = [{"name": "cpu", "description": platform.processor() or platform.machine()}]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        capability = f"compute capability {properties.major}.{properties.minor}"
+        devices.append({"name": f"cuda:{index}", "description": f"{properties.name}, {memory}, {capability}"})
+    if not functional.triton_installed():
+        triton = "not installed: pip install 'vgf_fast[triton]'"
+    elif functional.triton_interpreted():
+        triton = "available, in Triton's interpreter"
+    else:
+        triton = "available" if torch.cuda.is_available() else "needs a GPU, or TRITON_INTERPRET=1"
+    kernels = importlib.util.find_spec("vgf_fast.kernels")
+    places = kernels.submodule_search_locations if kernels is not None else None
+    return {
+        "platform": platform.platform(),
+        "versions": versions,
+        "devices": devices,
+        "backends": {"torch": "available", "triton": triton},
+        "kernels": sorted(module.name for module in pkgutil.iter_modules(places)) if places else [],
+        "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
+    }
+
+
+def _info(options: Info, console: Console) -> None:
+    found = information()
+    if options.json:
+        console.line(json.dumps(found, indent=2))
+        return
+    rows = [("platform", found["platform"])]
+    rows += [(name, version or "not installed") for name, version in found["versions"].items()]
+    rows += [(device["name"], device["description"]) for device in found["devices"]]
+    rows += [(f"backend {name}", state) for name, state in found["backends"].items()]
+    rows += [("kernels", ", ".join(found["kernels"]) or "none")]
+    rows += [("threads", f"{found['threads']['torch']} of torch on {found['threads']['cores']} cores")]
+    console.table("vgf_fast", ("what", "found"), rows, "left")
+
+
+# --- entry --------------------------------------------------------------------------------------------------------
+
+
+def _parse(arguments: list[str]) -> tuple[Any, Sections]:
+    """The command, and for training the settings it stands on. Raises ``SystemExit`` for wrong usage and for --help."""
+    import tyro
+
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    if sum(argument.split("=")[0] == "--set" for argument in arguments) > 1:
+        raise ValueError(
+            "--set is given twice, of which only the last would count: put all assignments after one --set"
+        )
+    commands: Any = Demo | Generate | Train | Evaluate | Info
+    command = tyro.cli(commands, prog="vgf-fast", args=arguments, config=config, description=__doc__)
+    if not isinstance(command, Train):
+        return command, {}
+    # Once more, with the settings as defaults, so that of the flags only those that were given override them.
+    sections = _train_settings(command)
+    default = Train(command.out, run=RunConfig.from_dict(sections["run"]))
+    rest = arguments[arguments.index("train") + 1 :]
+    command = tyro.cli(Train, prog="vgf-fast train", args=rest, config=config, default=default)
+    return dataclasses.replace(command, run=command.run.checked()), sections
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    absent = [name for name in ("tyro", "rich", "yaml") if importlib.util.find_spec(name) is None]
+    if absent:
+        return _complain(f"the command line needs {' and '.join(absent)}: pip install 'vgf_fast[train]'")
+    try:
+        command, sections = _parse(arguments)
+        from vgf_fast.console import Console
+
+        console = Console()
+        if isinstance(command, Train):
+            _train(command, sections, console)
+        else:
+            functions: dict[type, Any] = {Demo: _demo, Generate: _generate, Evaluate: _evaluate, Info: _info}
+            functions[type(command)](command, console)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    except InterruptedRunError as error:
+        sys.stderr.write(f"{error}\n")
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+    except MISTAKES as error:
+        if os.environ.get("VGF_FAST_DEBUG") == "1":
+            raise
+        return _complain(str(error) or type(error).__name__)
+    return 0
+
+
+def _complain(message: str) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,247 @@
+"""Evaluation in a simulator: every number of test steps (L_test) on the same episodes, with bootstrap intervals.
+
+An episode is a function of the policy, the seed of the evaluation and the episode's number: its own seeds start the
+environment, and its own normal numbers start the particles, so that all settings meet the same episodes with the same
+noise. All ``episodes`` count, however long each takes; none is cut off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vgf_fast.policy import VGFPolicy
+from vgf_fast.progress import progress_bar
+from vgf_fast.simulators import EpisodeSeed, EvaluationError, Simulators, Spaces, Workers, make_simulators
+
+__all__ = ["EvaluationError", "EvaluationResult", "Score", "bootstrap_interval", "evaluate"]
+
+Score = Callable[[float], float] | tuple[float, float]
+BOOTSTRAP_RESAMPLES = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+    """One setting's episodes. ``low`` and ``high`` bound the mean: a percentile bootstrap over episodes."""
+
+    label: str  # "L=3", or "bc" for the behaviour model alone
+    flow_steps: int  # L_test
+    episodes: int
+    return_mean: float  # of the undiscounted return
+    return_low: float
+    return_high: float
+    success_mean: float | None  # fraction of episodes whose last step's info says success; None where no info does
+    success_low: float | None
+    success_high: float | None
+    normalized_mean: float | None  # of the normalised return; None without ``score``
+    normalized_low: float | None
+    normalized_high: float | None
+    length_mean: float  # steps an episode
+    returns: tuple[float, ...]  # by episode
+    successes: tuple[bool, ...] | None
+    lengths: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of JSON types."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    label: str
+    flow_steps: int
+    selection: str | None
+
+
+@dataclasses.dataclass
+class _Episode:
+    """An episode under way in a slot."""
+
+    number: int
+    observation: np.ndarray
+    noise: torch.Generator
+    total: float = 0.0
+    length: int = 0
+    success: bool | None = None
+
+
+def evaluate(
+    policy: VGFPolicy,
+    make_env: Callable[[], Any],
+    *,
+    episodes: int = 50,
+    flow_steps: Sequence[int] = (0, 1, 2, 3),
+    seed: int = 0,
+    num_envs: int = 10,
+    behavior_cloning: bool = False,
+    workers: Workers = "sync",
+    score: Score | None = None,
+    confidence: float = 0.95,
+    progress: bool = True,
+) -> list[EvaluationResult]:
+    """Run ``episodes`` episodes for each number of flow steps; one result each, behaviour cloning first if asked for.
+
+    ``make_env`` makes one Gymnasium environment; ``num_envs`` of them run side by side, with one policy call a step for
+    all: in this process (``workers="sync"``), or in one worker a core ("async": the same results, worth the workers'
+    start where simulation takes most of the time). L_test = 0 is best-of-N; behaviour cloning takes a random particle
+    of the behaviour model. ``score`` normalises a return: a function, or (low, high) for
+    100 (return - low) / (high - low).
+
+    The same ``seed`` and ``num_envs`` give the same results; the global generators of NumPy, Python and torch and the
+    policy's own are left as they were.
+
+    Raises ``ValueError`` or ``TypeError`` for arguments and spaces that do not fit, ``EvaluationError`` when an
+    environment fails.
+    """
+    for name, value, low in (("episodes", episodes, 1), ("num_envs", num_envs, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{name} is {value!r}, expected an integer >= {low}")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence is {confidence!r}, expected a number in (0, 1)")
+    settings = [_Setting("bc", 0, "random")] if behavior_cloning else []
+    for steps in flow_steps:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"flow_steps has {steps!r}, expected integers >= 0")
+        settings.append(_Setting(f"L={steps}", steps, None))
+    if not settings:
+        raise ValueError("flow_steps is empty, expected at least one number of flow steps, or behavior_cloning=True")
+    if len(set(settings)) < len(settings):
+        raise ValueError(f"flow_steps is {tuple(flow_steps)}, expected different numbers")
+    normalize = _normalizer(score)
+
+    results = []
+    simulators = make_simulators(make_env, min(num_envs, episodes), workers)
+    try:
+        _check_spaces(policy, simulators.spaces)
+        with progress_bar("evaluating", total=episodes * len(settings), enabled=progress) as advance:
+            for setting in settings:
+                done = _run(policy, simulators, setting, episodes, min(num_envs, episodes), seed, advance)
+                results.append(_summarize(setting, done, normalize, confidence, seed))
+    finally:
+        simulators.close()
+    return results
+
+
+def bootstrap_interval(values: Sequence[float] | np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of values [M], from ``BOOTSTRAP_RESAMPLES`` seeded resamples."""
+    array = np.asarray(values, dtype=np.float64)
+    picks = np.random.default_rng(seed).integers(len(array), size=(BOOTSTRAP_RESAMPLES, len(array)))
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(array[picks].mean(axis=1), [tail, 1.0 - tail])
+    return float(low), float(high)
+
+
+def _normalizer(score: Score | None) -> Callable[[float], float] | None:
+    if score is None or callable(score):
+        return score
+    low, high = score
+    if not high > low:
+        raise ValueError(f"score is {score}, expected (low, high) with high > low")
+    return lambda value: 100.0 * (value - low) / (high - low)
+
+
+def _check_spaces(policy: VGFPolicy, spaces: Spaces) -> None:
+    if spaces.observation_dim != policy.config.observation_dim:
+        raise ValueError(
+            f"the environment's observations have {spaces.observation_dim} entries, expected "
+            f"{policy.config.observation_dim}: the policy's config.observation_dim"
+        )
+    if len(spaces.action_low) != policy.config.action_dim:
+        raise ValueError(
+            f"the environment's actions have {len(spaces.action_low)} entries, expected {policy.config.action_dim}: "
+            "the policy's config.action_dim"
+        )
+
+
+def _episode_seeds(seed: int, episode: int) -> tuple[EpisodeSeed, int]:
+    """Seeds of an episode's environment, and of the normal numbers its particles start from."""
+    environment, numpy, python, noise = np.random.SeedSequence((seed, episode)).generate_state(4)
+    return EpisodeSeed(int(environment), int(numpy), int(python)), int(noise)
+
+
+def _run(
+    policy: VGFPolicy,
+    simulators: Simulators,
+    setting: _Setting,
+    episodes: int,
+    slots: int,
+    seed: int,
+    advance: Callable[[], None],
+) -> list[_Episode]:
+    """All episodes of one setting, in the order of their numbers; a slot that is done takes the next one."""
+    chooser = torch.Generator(policy.device).manual_seed(seed)
+    waiting = deque(range(episodes))
+    running: dict[int, _Episode] = {}
+    finished: list[_Episode] = []
+    while waiting or running:
+        starting = {slot: waiting.popleft() for slot in range(slots) if slot not in running and waiting}
+        if starting:
+            seeds = {slot: _episode_seeds(seed, number) for slot, number in starting.items()}
+            first = simulators.reset({slot: environment for slot, (environment, _) in seeds.items()})
+            for slot, number in starting.items():
+                running[slot] = _Episode(number, first[slot], torch.Generator().manual_seed(seeds[slot][1]))
+        actions = _act(policy, [running[slot] for slot in sorted(running)], setting, chooser)
+        outcomes = simulators.step(dict(zip(sorted(running), actions, strict=True)))
+        for slot, outcome in outcomes.items():
+            episode = running[slot]
+            episode.observation = outcome.observation
+            episode.total += outcome.reward
+            episode.length += 1
+            episode.success = outcome.success
+            if outcome.done:
+                finished.append(running.pop(slot))
+                advance()
+    return sorted(finished, key=lambda episode: episode.number)
+
+
+def _act(policy: VGFPolicy, episodes: list[_Episode], setting: _Setting, chooser: torch.Generator) -> np.ndarray:
+    """Actions [B, A] for the episodes under way, in one call of the policy."""
+    shape = (policy.config.particles, policy.config.action_dim)
+    noise = torch.stack([torch.randn(shape, generator=episode.noise) for episode in episodes])
+    actions = policy.sample_actions(
+        np.stack([episode.observation for episode in episodes]),
+        flow_steps=setting.flow_steps,
+        noise=noise.to(policy.device),
+        generator=chooser,
+        selection=setting.selection,
+    )
+    return actions.cpu().numpy()
+
+
+def _summarize(
+    setting: _Setting,
+    episodes: list[_Episode],
+    normalize: Callable[[float], float] | None,
+    confidence: float,
+    seed: int,
+) -> EvaluationResult:
+    def mean_and_interval(name: str, values: Sequence[float] | None) -> dict[str, float | None]:
+        if values is None:
+            return {f"{name}_{part}": None for part in ("mean", "low", "high")}
+        low, high = bootstrap_interval(values, confidence, seed)
+        return {f"{name}_mean": float(np.mean(values)), f"{name}_low": low, f"{name}_high": high}
+
+    returns = [episode.total for episode in episodes]
+    known = [episode.success for episode in episodes if episode.success is not None]
+    successes = tuple(known) if len(known) == len(episodes) else None
+    normalized = None if normalize is None else [float(normalize(value)) for value in returns]
+    fields: dict[str, Any] = {
+        **mean_and_interval("return", returns),
+        **mean_and_interval("success", successes),
+        **mean_and_interval("normalized", normalized),
+    }
+    return EvaluationResult(
+        label=setting.label,
+        flow_steps=setting.flow_steps,
+        episodes=len(episodes),
+        length_mean=float(np.mean([episode.length for episode in episodes])),
+        returns=tuple(returns),
+        successes=successes,
+        lengths=tuple(episode.length for episode in episodes),
+        **fields,
+    )

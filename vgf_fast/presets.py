@@ -1,0 +1,109 @@
+"""The paper's settings by name, such as "ogbench/cube-double-play" and "d4rl/hopper-medium-v2".
+
+They are data, in ``presets.json``: a preset inherits from a family and changes fields. What is not listed under "ours"
+is the public release's, from its scripts; where these give a range (step size, temperature), one value was chosen and
+listed. A section or budget named there ("policy") stands for all its fields. Sizes are the environments'. The bandwidth
+gradient is off in all of them, as in the paper and unlike the release.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from importlib.resources import files
+from typing import Any, Generic, TypeVar
+
+from vgf_fast.config import TrainConfig, VGFConfig
+
+SECTIONS = ("policy", "train", "run")
+Value = TypeVar("Value")
+
+
+class UnknownPresetError(ValueError, KeyError):
+    """There is no preset of that name; the message has the closest ones."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """The fields a preset sets, section by section; what it leaves out keeps its default."""
+
+    name: str
+    policy: dict[str, Any]  # fields of VGFConfig
+    train: dict[str, Any]  # fields of TrainConfig
+    run: dict[str, Any]  # fields of run.RunConfig: task, steps, intervals
+    ours: frozenset[str]  # dotted names of fields that are our choice, such as "policy.train_budget.step_size"
+
+
+@functools.cache
+def _tables() -> dict[str, dict[str, Any]]:
+    return json.loads(files("vgf_fast").joinpath("presets.json").read_text(encoding="utf-8"))
+
+
+def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``change``, dicts within dicts merged likewise; neither is written."""
+    result = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The names of all values that are not dicts: {"a": {"b": 1}} -> "a.b"."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+@functools.cache
+def preset(name: str) -> Preset:
+    """The preset of a name. Raises ``UnknownPresetError`` (``ValueError`` and ``KeyError``) with the closest names."""
+    known = _tables()["presets"]
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.0)
+        raise UnknownPresetError(f"there is no preset {name!r}; the closest are {', '.join(close)}")
+    lineage = [known[name]]
+    while "inherits" in lineage[0]:
+        lineage.insert(0, _tables()["families"][lineage[0]["inherits"]])
+    values: dict[str, Any] = {}
+    ours: set[str] = set()
+    for block in lineage:
+        change = {section: block[section] for section in SECTIONS if section in block}
+        values = merged(values, change)
+        listed = block.get("ours", [])
+        # What a block sets is the release's again, unless it lists it.
+        ours -= set(dotted(change))
+        ours |= {field for field in dotted(values) if any(f"{field}.".startswith(f"{one}.") for one in listed)}
+    policy, train, run = (values.get(section, {}) for section in SECTIONS)
+    return Preset(name, policy, train, run, frozenset(ours))
+
+
+class _Presets(Mapping[str, Value], Generic[Value]):
+    """Preset names to values, made when asked for."""
+
+    def __init__(self, make: Callable[[Preset], Value]) -> None:
+        self._make = make
+
+    def __getitem__(self, name: str) -> Value:
+        return self._make(preset(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_tables()["presets"])
+
+    def __len__(self) -> int:
+        return len(_tables()["presets"])
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} presets: {', '.join(self)}>"
+
+
+presets: Mapping[str, VGFConfig] = _Presets(lambda one: VGFConfig.from_dict(one.policy))
+train_presets: Mapping[str, TrainConfig] = _Presets(lambda one: TrainConfig.from_dict(one.train))

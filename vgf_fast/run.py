@@ -1,0 +1,361 @@
+"""A training run in a directory: logs, evaluations and checkpoints that an interruption leaves whole.
+
+The directory holds config.yaml, train.csv, eval.csv, tensorboard/, checkpoint/learner.safetensors and policy/. At a
+checkpoint the logs are written first, then the learner, then the policy, so that a run killed anywhere resumes from the
+last checkpoint, cuts the logs back to it, and ends with the files of a run that was never killed.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from vgf_fast import checkpoints
+from vgf_fast.config import TrainConfig, VGFConfig
+from vgf_fast.data.dataset import Dataset
+from vgf_fast.evaluation import EvaluationResult, evaluate
+from vgf_fast.learner import LEARNER_FILE, Learner
+from vgf_fast.policy import CONFIG_FILE, MODEL_FILE, VGFPolicy
+from vgf_fast.progress import progress_bar
+from vgf_fast.settings import RunConfig, Sections, to_yaml
+
+SETTINGS_FILE = "config.yaml"
+TRAIN_LOG, EVAL_LOG = "train.csv", "eval.csv"
+CHECKPOINT, POLICY, TENSORBOARD = "checkpoint", "policy", "tensorboard"
+STOP_SECONDS = 0.5  # between looks at whether to stop
+LINE_SECONDS = 30.0  # between lines where there is no terminal
+EVAL_COLUMNS = (
+    "label", "flow_steps", "episodes", "return_mean", "return_low", "return_high", "success_mean", "success_low",
+    "success_high", "length_mean",
+)  # fmt: skip
+
+
+class InterruptedRunError(Exception):
+    """A signal ended the run; the message says that a checkpoint was saved and how to go on."""
+
+
+class Reporter(Protocol):
+    """Who is told what happens."""
+
+    def line(self, text: str) -> None:
+        """A line of text."""
+
+    def results(self, title: str, results: Sequence[EvaluationResult]) -> None:
+        """An evaluation."""
+
+
+class CsvLog:
+    """Rows of numbers, "step" first. Opening it drops the rows later than ``step`` and a row that was cut off."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path
+        self.steps: set[int] = set()
+        kept = []
+        if path.is_file():
+            header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+            complete = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
+            self.steps = {int(row.split(",")[0]) for row in complete}
+            kept = [header, *complete] if complete else []
+        checkpoints.write_text(path, "".join(kept))
+        self._is_empty = not kept
+        self._file = path.open("a", encoding="utf-8", newline="")
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append rows of the same step with one write."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        if self._is_empty:
+            writer.writeheader()
+            self._is_empty = False
+        writer.writerows(rows)
+        self._file.write(text.getvalue())
+        self._file.flush()
+        self.steps |= {int(row["step"]) for row in rows}
+
+    def sync(self) -> None:
+        """Flush to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class _Stop:
+    """SIGINT and SIGTERM while a run is on: noted, and raised as ``KeyboardInterrupt`` only where that does no harm."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._may_raise = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = signal.Signals(number).name
+        if self._may_raise:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the two signals; elsewhere than in the main thread they cannot be."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """A part that changes nothing of the learner, and may end anywhere."""
+        self._may_raise = True
+        try:
+            if self.requested:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._may_raise = False
+
+
+def holds_run(out: Path) -> bool:
+    """Whether the directory has files of a run."""
+    names = (SETTINGS_FILE, TRAIN_LOG, EVAL_LOG, f"{CHECKPOINT}/{LEARNER_FILE}")
+    return any((out / name).exists() for name in names)
+
+
+def clear(out: Path) -> None:
+    """Remove a run's files, and nothing else; first the checkpoint, without which the rest is no run to resume."""
+    policy = [f"{POLICY}/{MODEL_FILE}", f"{POLICY}/{CONFIG_FILE}"]
+    for name in (f"{CHECKPOINT}/{LEARNER_FILE}", *policy, TRAIN_LOG, EVAL_LOG, SETTINGS_FILE):
+        (out / name).unlink(missing_ok=True)
+    for events in (out / TENSORBOARD).glob("events.out.tfevents.*"):
+        events.unlink()
+
+
+def choose_device(asked: str | None) -> str:
+    """The device asked for, else the GPU if there is one. Raises ``ValueError`` for a device that is not here."""
+    name = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device is {name!r}, which cannot be used here: {reason}") from error
+    return name
+
+
+def open_learner(out: Path, sections: Sections, dataset: Dataset, run: RunConfig) -> Learner:
+    """The learner of the directory's checkpoint, or a new one if there is none.
+
+    Raises ``ValueError`` for settings that differ from the checkpoint's, and for sizes that are not the dataset's.
+    """
+    for name in ("observation_dim", "action_dim"):
+        asked, found = sections["policy"].get(name, getattr(dataset, name)), getattr(dataset, name)
+        if asked != found:
+            raise ValueError(f"policy.{name} is {asked}, but the data of {run.task} have {found}: another preset?")
+    sizes = {"observation_dim": dataset.observation_dim, "action_dim": dataset.action_dim}
+    policy, train = VGFConfig.from_dict({**sections["policy"], **sizes}), TrainConfig.from_dict(sections["train"])
+    device = str(dataset.device)
+    if not (out / CHECKPOINT / LEARNER_FILE).is_file():
+        return Learner(VGFPolicy(policy, device=device, backend=run.backend, seed=train.seed), train)
+    learner = Learner.resume(out / CHECKPOINT, device=device, backend=run.backend)
+    for section, asked, found in (("policy", policy, learner.policy.config), ("train", train, learner.config)):
+        for field in dataclasses.fields(asked):
+            mine, saved = getattr(asked, field.name), getattr(found, field.name)
+            if mine != saved:
+                raise ValueError(
+                    f"{section}.{field.name} is {mine!r}, but the checkpoint in {out} was trained with {saved!r}: "
+                    "leave it, or start another run"
+                )
+    return learner
+
+
+def train(
+    out: Path,
+    run: RunConfig,
+    learner: Learner,
+    dataset: Dataset,
+    make_env: Callable[[], Any] | None,
+    reporter: Reporter,
+    progress: bool = True,
+) -> None:
+    """Train to ``run.steps`` updates in all, evaluating in ``make_env`` (None: not at all) and saving to ``out``.
+
+    Raises ``InterruptedRunError`` after SIGINT or SIGTERM, with everything saved, and ``ArithmeticError`` when the
+    loss is no longer a number.
+    """
+    if learner.step > run.steps:
+        raise ValueError(f"run.steps is {run.steps}, but the checkpoint in {out} has {learner.step} updates already")
+    out.mkdir(parents=True, exist_ok=True)
+    policy, train_ = learner.policy.config.to_dict(), learner.config.to_dict()
+    sections = {"policy": policy, "train": train_, "run": dataclasses.asdict(run)}
+    checkpoints.write_text(out / SETTINGS_FILE, to_yaml(sections))
+    stop = _Stop()
+    with stop.listening(), _Logs(out, learner.step, run.tensorboard) as logs:
+        _Training(out, run, learner, dataset, make_env, reporter, logs, stop).go(progress)
+
+
+class _Logs:
+    """The two CSV files and, if it is installed and wanted, TensorBoard's events."""
+
+    def __init__(self, out: Path, step: int, tensorboard: bool) -> None:
+        self.train, self.evaluation = CsvLog(out / TRAIN_LOG, step), CsvLog(out / EVAL_LOG, step)
+        self._board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                return
+            self._board = SummaryWriter(str(out / TENSORBOARD), purge_step=step + 1)
+
+    def __enter__(self) -> _Logs:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.train.close()
+        self.evaluation.close()
+        if self._board is not None:
+            self._board.close()
+
+    def scalars(self, prefix: str, values: Mapping[str, float | None], step: int) -> None:
+        """To TensorBoard alone."""
+        if self._board is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self._board.add_scalar(f"{prefix}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Flush all to the disk."""
+        self.train.sync()
+        self.evaluation.sync()
+        if self._board is not None:
+            self._board.flush()
+
+
+@dataclasses.dataclass
+class _Training:
+    out: Path
+    run: RunConfig
+    learner: Learner
+    dataset: Dataset
+    make_env: Callable[[], Any] | None
+    reporter: Reporter
+    logs: _Logs
+    stop: _Stop
+    rate: float = 0.0  # updates a second
+    spoke: float = -math.inf  # when the last line was written
+
+    def go(self, progress: bool) -> None:
+        """The loop: updates until something is due."""
+        learner, run = self.learner, self.run
+        if progress and sys.stderr.isatty():
+            # The bar says it all.
+            self.spoke = math.inf
+        if learner.step and self._evaluation_due() and learner.step not in self.logs.evaluation.steps:
+            # The evaluation of this step is what the last run was interrupted in.
+            self._evaluate()
+        with progress_bar("training", total=run.steps - learner.step, enabled=progress) as advance:
+            updates = 1
+            while learner.step < run.steps:
+                intervals = (run.checkpoint_interval, *([run.eval_interval] if run.eval_interval else []))
+                until_due = min(interval - learner.step % interval for interval in intervals)
+                updates = min(updates, until_due, run.steps - learner.step)
+                started = time.perf_counter()
+                learner.fit(self.dataset, updates, log_interval=run.log_interval, on_log=self._log, progress=False)
+                self.rate = updates / (time.perf_counter() - started)
+                for _ in range(updates):
+                    advance()
+                updates = max(1, min(2 * updates, int(self.rate * STOP_SECONDS)))
+                if self.stop.requested:
+                    self._interrupted()
+                if self._evaluation_due():
+                    self._evaluate()
+                if learner.step % run.checkpoint_interval == 0 and learner.step < run.steps:
+                    self._save()
+        self._save()
+
+    def _evaluation_due(self) -> bool:
+        if self.make_env is None or not self.run.eval_interval:
+            return False
+        return self.learner.step % self.run.eval_interval == 0 or self.learner.step == self.run.steps
+
+    def _log(self, record: dict[str, float]) -> None:
+        step = int(record["step"])
+        # fit logs the last update of every call too.
+        if step % self.run.log_interval and step != self.run.steps:
+            return
+        self.logs.train.write([record])
+        metrics = {name: value for name, value in record.items() if name != "step"}
+        self.logs.scalars("train", {**metrics, "updates_per_second": self.rate}, step)
+        if not math.isfinite(record["critic_loss"]) or not math.isfinite(record["bc_loss"]):
+            raise ArithmeticError(
+                f"training diverged: in update {step} the critic's loss is {record['critic_loss']:g}, the behaviour "
+                f"model's {record['bc_loss']:g}; try a lower learning rate, or rewards of smaller scale"
+            )
+        if time.monotonic() - self.spoke > LINE_SECONDS:
+            self.spoke = time.monotonic()
+            left = (self.run.steps - step) / self.rate if self.rate else math.nan
+            self.reporter.line(
+                f"update {step:,} of {self.run.steps:,}: critic_loss {record['critic_loss']:.4g}, bc_loss "
+                f"{record['bc_loss']:.4g}, q_mean {record['q_mean']:.4g}; {self.rate:.3g} updates/s"
+                + (f", {_duration(left)} left" if self.rate else "")
+            )
+
+    def _evaluate(self) -> None:
+        assert self.make_env is not None
+        run, step = self.run, self.learner.step
+        self.reporter.line(f"update {step:,}: evaluating {run.eval_episodes} episodes for each number of flow steps")
+        try:
+            with self.stop.raising():
+                results = evaluate(
+                    self.learner.policy,
+                    self.make_env,
+                    episodes=run.eval_episodes,
+                    flow_steps=run.eval_flow_steps,
+                    seed=self.learner.config.seed,
+                    num_envs=run.eval_num_envs,
+                    behavior_cloning=run.eval_behavior_cloning,
+                    workers=run.eval_workers,
+                    # The bar of the training is on the screen.
+                    progress=False,
+                )
+        except KeyboardInterrupt:
+            self._interrupted()
+        rows = [{"step": step, **{name: getattr(result, name) for name in EVAL_COLUMNS}} for result in results]
+        self.logs.evaluation.write(rows)
+        for result in results:
+            scalars = {f"return/{result.label}": result.return_mean, f"success/{result.label}": result.success_mean}
+            self.logs.scalars("evaluation", scalars, step)
+        self.reporter.results(f"update {step:,}", results)
+
+    def _interrupted(self) -> None:
+        self._save()
+        raise InterruptedRunError(
+            f"{self.stop.requested or 'interrupted'}: saved after {self.learner.step:,} of {self.run.steps:,} updates; "
+            f"go on with: vgf-fast train --out {self.out} --resume"
+        )
+
+    def _save(self) -> None:
+        self.logs.sync()
+        self.learner.save(self.out / CHECKPOINT)
+        self.learner.policy.save_pretrained(self.out / POLICY)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
