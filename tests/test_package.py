@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEAVY = tuple(
-    ["triton", "gymnasium", "transformers", "ogbench", "minari", "mujoco", "h5py", "rich", "tyro", "matplotlib", "yaml"]
-)
+HEAVY = (
+    "triton", "gymnasium", "transformers", "ogbench", "minari", "mujoco", "h5py", "rich", "tyro", "matplotlib", "yaml",
+)  # fmt: skip
 
 
 def run_python(code, cwd, **environment):

@@ -140,13 +140,13 @@ class StackAtStates:
         self.biases, self.scales, self.shifts = (
             [tensor.unsqueeze(1) for tensor in group] for group in (mlp.biases, mlp.norm_scales, mlp.norm_biases)
         )
-        x = observations.to(self.dtype).expand(first.shape[0], -1, -1)
+        x = observations.detach().to(self.dtype).expand(first.shape[0], -1, -1)
         self.state_share = matmul(x, first[:, : observations.shape[-1]], self.biases[0])
 
     def first_layer(self, rest: Tensor, weight: Tensor, share: Tensor) -> Tensor:
         """z of the first layer: rest [B, N, R], its weight [E, R, H], the states' share [E, B, H] -> [E, B * N, H]."""
         batch, particles, width = rest.shape
-        flat = rest.reshape(batch * particles, width).to(self.dtype)
+        flat = rest.detach().reshape(batch * particles, width).to(self.dtype)
         z = matmul(flat.expand(weight.shape[0], -1, -1), weight)
         z.view(z.shape[0], batch, particles, z.shape[2]).add_(share.unsqueeze(2))
         return z
@@ -176,12 +176,10 @@ class StackAtStates:
 class CriticAtStates(StackAtStates):
     """An ensemble critic bound to B states: values, and the action gradient of the aggregated value."""
 
-    @torch.no_grad()
     def values(self, actions: Tensor) -> Tensor:
         """Q of every member: actions [B, N, A] -> [E, B, N], in float32 at least."""
         return self._as_values(self.output(self._hidden_at(actions)), actions)
 
-    @torch.no_grad()
     def values_and_score(self, actions: Tensor, aggregation: str = "mean") -> tuple[Tensor, Tensor]:
         """Q of every member [E, B, N] and grad_a Q_agg [B, N, A], with Q_agg the mean or the minimum over members.
 
@@ -191,7 +189,6 @@ class CriticAtStates(StackAtStates):
         q = self.output(self._hidden_at(actions, tape))
         return self._as_values(q, actions), self._backward(tape, q, aggregation, actions)
 
-    @torch.no_grad()
     def score(self, actions: Tensor, aggregation: str = "mean") -> Tensor:
         """The score of ``values_and_score`` alone: the mean's gradient needs no values."""
         tape: list[_Layer] = []

@@ -1,0 +1,149 @@
+"""Launch configurations of the kernels: one fixed table per op, by padded size, and the checks made before a launch.
+
+Its entries are the ones that compile without spilling registers to memory for NVIDIA sm_80, sm_90 and sm_100 and, where
+it says so, AMD gfx942. Nothing here looks at a device, or imports Triton, before a kernel is launched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_PARTICLES = 128  # of the SVGD kernels, which hold all pairs of particles of one state in registers
+MAX_ACTION_DIM = 64
+MAX_CANDIDATES = 4096  # particles of one state among which a selection kernel chooses
+PARTICLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def padded(size: int) -> int:
+    """The power of two that a block of ``size`` entries takes."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class SvgdLaunch:
+    """Configuration of the SVGD kernels: one program a state."""
+
+    block_n: int  # particles, padded
+    block_c: int  # action columns whose direction is summed at a time
+    unroll: int  # action columns whose loads are in flight together while distances are summed
+    paired: bool  # take two columns at a time through shared memory instead; block_c is 2
+    num_warps: int
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the launch."""
+        return {
+            "BLOCK_N": self.block_n,
+            "BLOCK_C": self.block_c,
+            "UNROLL": self.unroll,
+            "PAIRED": self.paired,
+            "num_warps": self.num_warps,
+        }
+
+
+# block_n: (block_c, unroll, paired, num_warps). One warp reduces over all pairs with no barrier; more are taken where
+# the block_n * block_n * block_c products of a chunk would not fit a warp's registers.
+_SVGD = {
+    4: (8, 4, False, 1),
+    8: (8, 4, False, 1),
+    16: (8, 4, False, 1),
+    32: (4, 1, False, 4),
+    64: (4, 1, False, 8),
+    128: (2, 1, True, 8),
+}
+
+
+# Warps have 64 lanes, and rows of a block that are alike in all of them are held in scalar registers, which are few.
+_SVGD_AMD = {**_SVGD, 64: (4, 1, False, 16), 128: (2, 1, True, 4)}
+
+
+@functools.cache
+def svgd(particles: int, amd: bool = False) -> SvgdLaunch:
+    """Configuration for ``particles`` particles a state, from 1 to ``MAX_PARTICLES``."""
+    table = _SVGD_AMD if amd else _SVGD
+    block_n = max(padded(particles), min(table))
+    return SvgdLaunch(block_n, *table[block_n])
+
+
+@dataclass(frozen=True)
+class SelectionLaunch:
+    """Configuration of the kernels that reduce over the particles of a state: one program a block of states."""
+
+    block_b: int  # states
+    block_n: int  # particles, padded
+    num_warps: int
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the launch."""
+        return {"BLOCK_B": self.block_b, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
+
+
+@functools.cache
+def selection(particles: int) -> SelectionLaunch:
+    """Configuration for ``particles`` particles a state, from 1 to ``MAX_CANDIDATES``.
+
+    Small blocks of states: a batch of 256 states with 10 particles still fills 16 programs.
+    """
+    block_n = padded(particles)
+    return SelectionLaunch(min(max(256 // block_n, 1), 32), block_n, 2 if block_n <= 256 else min(block_n // 128, 8))
+
+
+AGGREGATE_BLOCK, AGGREGATE_WARPS = 512, 4  # values a program of the elementwise reduction over members
+ACTION_BLOCK = 16  # action columns copied at a time by the selection
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in the interpreter, on the CPU (``TRITON_INTERPRET=1``)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def check_device(name: str, tensor: Tensor) -> None:
+    """Raise ``ValueError`` if Triton cannot run on the tensor's device."""
+    if tensor.device.type == "cpu" and not interpreted():
+        raise ValueError(
+            f"{name} is on cpu, expected a GPU: Triton kernels run on the CPU only in its interpreter, with "
+            "TRITON_INTERPRET=1 set before Triton is imported"
+        )
+
+
+def check_same_device(name: str, tensor: Tensor, other: str, device: torch.device) -> None:
+    """Raise ``ValueError`` if the tensor is not on the device of ``other``."""
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}, the device of {other}")
+
+
+def check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise ``ValueError`` if the tensor's dtype is none of ``dtypes``."""
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """Raise ``ValueError`` if the tensor's shape is not ``shape``, which ``meaning`` explains."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}: {meaning}")
+
+
+def check_span(name: str, tensor: Tensor) -> None:
+    """Raise ``ValueError`` if one state's particles [N, A] do not lie within the kernels' 32-bit offsets."""
+    if sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)) >= 2**31:
+        raise ValueError(
+            f"{name} has strides {tensor.stride()}, so that one state spans 2**31 elements or more: make it contiguous"
+        )
+
+
+def check_writable(name: str, tensor: Tensor) -> None:
+    """Raise ``ValueError`` if several entries of the tensor are one place in memory, as after ``expand``."""
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(f"{name} has strides {tensor.stride()}: it is written, and its entries share memory; clone it")
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the tensor's device the current one, which is where Triton launches."""
+    return contextlib.nullcontext() if tensor.device.type == "cpu" else torch.cuda.device(tensor.device)

@@ -1,0 +1,335 @@
+"""Time vgf_fast beside its peers: ``python -m profiling.bench update act memory``. See profiling/README.md.
+
+Every method runs in a process of its own and is asked for one call at a time, by turns, while the others wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+from profiling import machine, records
+from profiling.records import Record
+from profiling.worker import BENCHMARKS, Job, Sizes
+
+JAX_METHOD, EAGER_METHOD = "jax-release", "eager-float32"
+TORCH_METHODS = ("ours-float32", "ours-bfloat16", EAGER_METHOD)
+METHODS = (*TORCH_METHODS, JAX_METHOD)
+DEFAULT_ROUNDS = {"update": 20, "act": 200, "memory": 3}
+QUICK_ROUNDS = 2
+OWN_FACTS = ("dtype", "device", "threads", "matmul_precision")
+# The second call may still compile or allocate what the first did not.
+WARM_UP_CALLS = 3
+# The threads of the method before go on spinning for some milliseconds.
+SETTLE_SECONDS = 0.005
+
+
+class WorkerError(RuntimeError):
+    """A method's process could not be built or died; the message is one line."""
+
+
+class Worker:
+    """A method's process, as ``running`` starts it; ``facts`` are what it says of itself once built."""
+
+    def __init__(self, method: str, process: subprocess.Popen[str], errors: IO[str]) -> None:
+        self.method = method
+        self.facts: dict[str, Any] = {}
+        self._process = process
+        self._errors = errors
+
+    def built(self) -> None:
+        """Wait until the method is ready. Raises ``WorkerError``."""
+        self.facts = self._answer()["facts"]
+
+    def call(self, benchmark: str, untimed: int = 0) -> float:
+        """Seconds of one call, after ``untimed`` others. Raises ``WorkerError``."""
+        time.sleep(SETTLE_SECONDS)
+        return float(self._ask({"do": "call", "benchmark": benchmark, "untimed": untimed})["seconds"])
+
+    def memory(self) -> dict[str, Any]:
+        """``peak_bytes`` so far and ``built_bytes`` before the first call. Raises ``WorkerError``."""
+        return self._ask({"do": "memory"})
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        # A process that died says why below.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        answer = json.loads(line) if line else {"error": f"its process ended without an answer: {self._last_words()}"}
+        if "error" in answer:
+            raise WorkerError(f"{self.method}: {answer['error']}")
+        return answer
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines()
+        return lines[-1] if lines else f"exit status {code}"
+
+
+@contextlib.contextmanager
+def running(job: Job, python: str) -> Iterator[Worker]:
+    """Start a method's process in an interpreter, and end it on leaving. Raises ``OSError`` without the interpreter."""
+    module = "profiling.jax_release" if job.method == JAX_METHOD else "profiling.torch_methods"
+    threads = str(job.threads)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(
+            [python, "-m", module, job.to_json()],
+            cwd=machine.REPOSITORY,
+            env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        try:
+            yield Worker(job.method, process, errors)
+        finally:
+            process.kill()
+            process.communicate()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the command line asked for."""
+
+    benchmarks: tuple[str, ...]
+    methods: tuple[str, ...]
+    jax_release: str | None
+    jax_python: str
+    device: str
+    threads: int
+    rounds: int | None
+    seconds: float | None
+    seed: int
+    quick: bool
+    sizes: Sizes
+    out: str | None
+
+
+def parse(arguments: Sequence[str] | None) -> Plan:
+    """The plan of a command line; exits with a message when it cannot be carried out."""
+    parser = argparse.ArgumentParser(prog="python -m profiling.bench", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("benchmarks", nargs="+", choices=("update", "act", "memory"), help="what to measure")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
+    parser.add_argument("--jax-release", metavar="DIR", help="checkout of the public JAX release; without it, skipped")
+    parser.add_argument("--jax-python", metavar="PYTHON", default=sys.executable, help="interpreter that has jax")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    parser.add_argument("--threads", type=int, default=machine.usable_cores(), help="CPU threads of every method")
+    parser.add_argument("--rounds", type=int, help="timed calls of every method; default: 20, 200, 3")
+    parser.add_argument("--seconds", type=float, help="begin no round after this long in one benchmark")
+    parser.add_argument("--out", metavar="FILE.jsonl", help="append the records to this file")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds and one warm-up call: a smoke test"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
+    for field in dataclasses.fields(Sizes):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    options = parser.parse_args(arguments)
+    sizes = Sizes(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)})
+    counts = {**dataclasses.asdict(sizes), "rounds": options.rounds, "threads": options.threads}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected an integer >= 1")
+    if options.threads > machine.usable_cores():
+        parser.error(f"--threads is {options.threads}, expected at most {machine.usable_cores()}: the cores there are")
+    return Plan(
+        benchmarks=tuple(dict.fromkeys(options.benchmarks)),
+        methods=tuple(dict.fromkeys(options.methods)),
+        jax_release=os.path.abspath(options.jax_release) if options.jax_release else None,
+        jax_python=os.path.abspath(options.jax_python) if os.sep in options.jax_python else options.jax_python,
+        device=options.device or ("cuda" if _has_cuda() else "cpu"),
+        threads=options.threads,
+        rounds=options.rounds,
+        seconds=options.seconds,
+        seed=options.seed,
+        quick=options.quick,
+        sizes=sizes,
+        out=options.out,
+    )
+
+
+def _has_cuda() -> bool:
+    """Asked in another process: a fat parent would count towards the peak memory of the processes it starts."""
+    command = [sys.executable, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def say(text: str) -> None:
+    """One line to the reader, at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def start(plan: Plan, stack: contextlib.ExitStack) -> list[Worker]:
+    """One process for each method that can run here, ended with ``stack``; says which cannot, and why."""
+    started: list[Worker] = []
+    for method in plan.methods:
+        if method == JAX_METHOD and plan.jax_release is None:
+            say(f"{JAX_METHOD}: skipped, --jax-release was not given")
+            continue
+        job = Job(method, plan.device, plan.threads, plan.seed, plan.sizes, plan.jax_release)
+        try:
+            python = plan.jax_python if method == JAX_METHOD else sys.executable
+            started.append(stack.enter_context(running(job, python)))
+        except OSError as error:
+            say(f"{method}: skipped, {error}")
+    workers = []
+    for worker in started:
+        try:
+            worker.built()
+            workers.append(worker)
+        except WorkerError as error:
+            say(f"{worker.method}: skipped, {str(error).partition(': ')[2]}")
+    return workers
+
+
+def take_turns(
+    workers: list[Worker], benchmark: str, rounds: int, warm_up: int, untimed: int, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of every method's call in every round; each round begins with another method."""
+    begin = time.perf_counter()
+    for worker in workers:
+        for _ in range(warm_up):
+            worker.call(benchmark)
+    times: dict[str, list[float]] = {worker.method: [] for worker in workers}
+    for index in range(rounds):
+        if index and time.perf_counter() - begin > seconds:
+            break
+        for turn in range(len(workers)):
+            worker = workers[(index + turn) % len(workers)]
+            times[worker.method].append(worker.call(benchmark, untimed))
+    return times
+
+
+def measure(plan: Plan, kind: str, benchmark: str) -> list[Record]:
+    """Records of one benchmark; ``kind`` is "memory", or the benchmark itself when it is for its time."""
+    load = machine.load_average()
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    memory_only = kind == "memory"
+    with contextlib.ExitStack() as stack:
+        workers = start(plan, stack)
+        if not workers:
+            return []
+        # What is short is timed with its weights in the caches, as the second of two calls.
+        untimed = 1 if not memory_only and (benchmark == "act" or plan.device == "cuda") else 0
+        times = take_turns(
+            workers,
+            benchmark,
+            rounds=plan.rounds or (QUICK_ROUNDS if plan.quick else DEFAULT_ROUNDS[kind]),
+            warm_up=1 if plan.quick or memory_only else WARM_UP_CALLS,
+            untimed=untimed,
+            seconds=plan.seconds or float("inf"),
+        )
+        versions = {name: value for worker in workers for name, value in worker.facts.items()}
+        shared: dict[str, Any] = {
+            "date": date,
+            "benchmark": f"memory {benchmark}" if memory_only else benchmark,
+            "driver": machine.gpu_driver() if plan.device == "cuda" else None,
+            "load_average": load,
+            "python": platform.python_version(),
+            "commit": machine.git_commit(),
+            "dirty": machine.git_dirty(),
+            "sizes": dataclasses.asdict(plan.sizes),
+            **{name: versions.get(name) for name in ("torch", "triton", "jax")},
+        }
+        found = []
+        for worker in workers:
+            seconds = times[worker.method]
+            timed = [] if memory_only else seconds
+            p20, p50, p80 = records.quantiles(timed)
+            own: dict[str, Any] = {
+                name: worker.facts[name] for name in ("dtype", "device", "threads", "matmul_precision")
+            }
+            found.append(
+                Record(
+                    **shared,
+                    **own,
+                    **worker.memory(),
+                    method=worker.method,
+                    rounds=len(seconds),
+                    p20=p20,
+                    p50=p50,
+                    p80=p80,
+                    ratio_to_jax=records.paired_ratio(timed, times.get(JAX_METHOD, [])),
+                    ratio_to_eager=records.paired_ratio(timed, times.get(EAGER_METHOD, [])),
+                )
+            )
+        return found
+
+
+def show(found: Sequence[Record]) -> None:
+    """A table of one benchmark's records."""
+    first = found[0]
+    threads = f"{first.threads} thread" + "s" * (first.threads != 1)
+    rounds = f"{first.rounds} round" + "s" * (first.rounds != 1)
+    say(f"{first.benchmark}: {first.device}, {threads}, {rounds}")
+    columns = {
+        "method": [record.method for record in found],
+        **{f"{name} ms": [_cell(getattr(record, name), 1e3, 2) for record in found] for name in ("p20", "p50", "p80")},
+        "x JAX": [_cell(record.ratio_to_jax, 1.0, 2) for record in found],
+        "x eager": [_cell(record.ratio_to_eager, 1.0, 2) for record in found],
+        "peak MiB": [_cell(record.peak_bytes, 2.0**-20, 0) for record in found],
+        "built MiB": [_cell(record.built_bytes, 2.0**-20, 0) for record in found],
+    }
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    if importlib.util.find_spec("rich") is not None:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in columns:
+            table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+        for row in zip(*columns.values(), strict=True):
+            table.add_row(*row)
+        Console(width=100).print(table)
+        return
+    widths = [max(map(len, (name, *cells))) for name, cells in columns.items()]
+    for row in (tuple(columns), *zip(*columns.values(), strict=True)):
+        say("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
+
+
+def _cell(value: float | None, scale: float, digits: int) -> str:
+    return "" if value is None else f"{value * scale:.{digits}f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, show and record; the exit status is 1 when no method could run."""
+    plan = parse(arguments)
+    for kind in plan.benchmarks:
+        for benchmark in BENCHMARKS if kind == "memory" else (kind,):
+            try:
+                found = measure(plan, kind, benchmark)
+            except WorkerError as error:
+                say(f"{kind} was given up, {error}")
+                return 1
+            if not found:
+                say(f"{kind}: no method can run here")
+                return 1
+            if plan.out is not None:
+                records.append(plan.out, found)
+            show(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

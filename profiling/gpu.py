@@ -1,0 +1,119 @@
+"""Everything worth knowing of a GPU in under nine minutes: ``python -m profiling.gpu``. See profiling/README.md.
+
+Runs the tests that need a GPU, then the benchmarks, each in a process of its own with a time limit; what is known is on
+disk before the next part begins. Needs torch, triton, numpy, safetensors and pytest alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from profiling import machine
+from profiling.bench import say
+
+TOTAL_SECONDS = 520.0
+TEST_SECONDS = 230.0
+# Rounds of a benchmark begin no later than this; starting its processes comes on top.
+ROUND_SECONDS = {"update": 40.0, "act": 30.0, "memory": 15.0}
+RECORDS_FILE = "gpu.jsonl"
+
+
+def gpu_tests() -> tuple[list[str], list[str]]:
+    """Test files of the kernels, and other test files that have tests marked ``gpu``; relative to the repository."""
+    kernels, marked = [], []
+    for path in sorted((machine.REPOSITORY / "tests").glob("test_*.py")):
+        name = str(path.relative_to(machine.REPOSITORY))
+        if path.name.startswith("test_kernel"):
+            kernels.append(name)
+        elif "mark.gpu" in path.read_text(encoding="utf-8"):
+            marked.append(name)
+    return kernels, marked
+
+
+def run(command: list[str], seconds: float, log: Path | None = None) -> int | None:
+    """Exit status of a command, or None when it ran out of time; its output goes to the terminal, or to ``log``.
+
+    The command and all it started end with the time limit.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONUNBUFFERED"] = "1"
+    beside = None if log is None else log.with_name(log.name + ".part")
+    output = None if beside is None else beside.open("w", encoding="utf-8")
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=machine.REPOSITORY,
+            env=environment,
+            stdout=output,
+            stderr=None if output is None else subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            return process.wait(timeout=max(seconds, 1.0))
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    finally:
+        if output is not None and beside is not None and log is not None:
+            output.close()
+            os.replace(beside, log)
+
+
+def run_tests(results: Path, deadline: float) -> bool:
+    """Run the tests that apply, their output in ``results``; whether none failed."""
+    kernels, marked = gpu_tests()
+    passed = True
+    for name, files, options in (("kernels", kernels, []), ("marked", marked, ["-m", "gpu"])):
+        if not files:
+            continue
+        log = results / f"tests-{name}.txt"
+        command = [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", *options, *files]
+        status = run(command, deadline - time.monotonic(), log)
+        lines = log.read_text(encoding="utf-8").strip().splitlines()
+        summary = "out of time" if status is None else lines[-1] if lines else f"exit status {status}"
+        say(f"tests, {name}: {summary} ({log})")
+        # 5 is pytest's word for no tests collected.
+        passed = passed and status in (0, 5)
+    return passed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Test and measure; the exit status is 1 when a test failed or a benchmark gave nothing, 0 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m profiling.gpu", description=(__doc__ or "").partition("\n")[0])
+    default = Path(__file__).parent / "results"
+    parser.add_argument("--out", metavar="DIR", type=Path, default=default, help="default: profiling/results/")
+    options = parser.parse_args(arguments)
+
+    import torch
+
+    if not torch.cuda.is_available():
+        say(f"no GPU that torch {torch.__version__} can use: nothing to do")
+        return 0
+    start = time.monotonic()
+    results = options.out.resolve()
+    results.mkdir(parents=True, exist_ok=True)
+    name = torch.cuda.get_device_name()
+    say(f"{name}, driver {machine.gpu_driver()}, torch {torch.__version__}, triton {machine.version('triton')}")
+    passed = run_tests(results, start + TEST_SECONDS)
+    for benchmark, seconds in ROUND_SECONDS.items():
+        command = [sys.executable, "-m", "profiling.bench", benchmark, "--device", "cuda", "--seconds", str(seconds)]
+        status = run([*command, "--out", str(results / RECORDS_FILE)], start + TOTAL_SECONDS - time.monotonic())
+        if status != 0:
+            say(f"{benchmark}: {'out of time' if status is None else f'exit status {status}'}")
+            passed = False
+    say(f"records: {results / RECORDS_FILE}; {time.monotonic() - start:.0f} s")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""profiling/: the eager baseline computes what the library does; the benchmarks write records. Nothing is timed."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vgf_fast import Learner, TrainConfig, TransportBudget, VGFConfig, VGFPolicy, reference
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = {
+    "observation_dim": 5,
+    "action_dim": 3,
+    "batch": 4,
+    "particles": 4,
+    "behavior_steps": 2,
+    "flow_steps": 2,
+    "hidden": 16,
+    "layers": 2,
+    "members": 2,
+}
+
+
+def load_profiling():
+    """Make ``profiling`` importable; the repository's root on the path would make ``kernels`` so too."""
+    folder = REPOSITORY / "profiling"
+    spec = importlib.util.spec_from_file_location("profiling", folder / "__init__.py")
+    sys.modules["profiling"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["profiling"])
+
+
+load_profiling()
+from profiling import eager, records  # noqa: E402
+from profiling.worker import Job, Sizes, random_batch  # noqa: E402
+
+
+def run_module(name, *arguments):
+    command = [sys.executable, "-m", name, *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600, check=False)
+
+
+def tiny_flags():
+    return [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", value)]
+
+
+# --- the eager baseline ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def policy():
+    """A float64 policy whose LayerNorm and biases are not those of a fresh network."""
+    config = VGFConfig(
+        observation_dim=5,
+        action_dim=3,
+        hidden_dims=(32, 24),
+        behavior_hidden_dims=(16, 16),
+        members=3,
+        particles=7,
+        behavior_steps=4,
+        train_budget=TransportBudget(steps=4, step_size=0.05, temperature=0.3),
+        test_budget=TransportBudget(steps=2, step_size=0.02, temperature=0.2),
+    )
+    policy = VGFPolicy(config, seed=3).double()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return policy
+
+
+def draws(config, batch):
+    generator = torch.Generator().manual_seed(5)
+    shape = (batch, config.particles, config.action_dim)
+    return {
+        "particles": torch.randn(shape, generator=generator, dtype=torch.float64),
+        "bc_x0": torch.randn(batch, config.action_dim, generator=generator, dtype=torch.float64),
+        "bc_t": torch.rand(batch, 1, generator=generator, dtype=torch.float64),
+    }
+
+
+def transitions(config, batch):
+    sizes = Sizes(observation_dim=config.observation_dim, action_dim=config.action_dim, batch=batch)
+    data = random_batch(sizes, np.random.default_rng(6))
+    return {name: torch.from_numpy(array).double() for name, array in data.items()}
+
+
+@pytest.mark.parametrize("particles", [1, 2, 7, 10])
+def test_eager_direction_is_the_reference_direction(particles):
+    generator = torch.Generator().manual_seed(particles)
+    x, score = (torch.randn(6, particles, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    expected = reference.svgd_direction(x, score, temperature=0.1)
+    torch.testing.assert_close(eager.svgd_direction(x, score, 0.1), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "min"])
+def test_eager_flow_follows_the_reference_trajectory(policy, aggregation):
+    policy.config = dataclasses.replace(policy.config, flow_q_aggregation=aggregation)
+    agent = eager.EagerAgent(policy, TrainConfig())
+    observations = transitions(policy.config, 6)["observations"]
+    noise = draws(policy.config, 6)["particles"]
+    states = observations.unsqueeze(1).expand(-1, policy.config.particles, -1)
+    drawn = policy.draw_particles(observations, noise)
+    torch.testing.assert_close(agent.draw(states, noise), drawn, rtol=1e-9, atol=1e-9)
+    _, score = reference.CriticAtStates(policy.critic.stacked(), observations).values_and_score(drawn, aggregation)
+    torch.testing.assert_close(agent.score(states, drawn), score, rtol=1e-9, atol=1e-9)
+    budget = policy.config.train_budget
+    expected = policy.flow_particles(observations, drawn, budget, return_trajectory=True).trajectory
+    assert not torch.equal(expected[0], expected[-1])
+    torch.testing.assert_close(torch.stack(agent.flow(states, drawn, budget)), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_eager_acts_as_the_policy(policy):
+    agent = eager.EagerAgent(policy, TrainConfig())
+    observation = transitions(policy.config, 1)["observations"][0]
+    noise = draws(policy.config, 1)["particles"][0]
+    expected = policy.sample_actions(observation, noise=noise)
+    torch.testing.assert_close(agent.sample_actions(observation, noise), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_eager_update_is_the_learners(policy):
+    train = TrainConfig(batch_size=6, tau=0.1)
+    agent = eager.EagerAgent(policy, train)
+    before = [parameter.detach().clone() for parameter in policy.parameters()]
+    learner = Learner(policy, train)
+    batch, noise = transitions(policy.config, 6), draws(policy.config, 6)
+    metrics, found = learner.update(batch, noise), agent.update(batch, noise)
+    for name, value in found.items():
+        torch.testing.assert_close(value, metrics[name], rtol=1e-9, atol=1e-9)
+    assert all(not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+    expected = eager.EagerAgent(policy, train)
+    for part in ("critic", "target_critic", "behavior"):
+        pairs = zip(getattr(agent, part).parameters(), getattr(expected, part).parameters(), strict=True)
+        for parameter, wanted in pairs:
+            torch.testing.assert_close(parameter, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_eager_refuses_options_it_does_not_compute():
+    policy = VGFPolicy(VGFConfig(observation_dim=2, action_dim=1, hidden_dims=(4,), bandwidth_gradient=True))
+    with pytest.raises(ValueError, match="bandwidth_gradient is True, expected False"):
+        eager.EagerAgent(policy, TrainConfig())
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def test_quantiles_and_paired_ratio():
+    assert records.quantiles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == pytest.approx((2.0, 3.5, 5.0))
+    assert records.quantiles([]) == (None, None, None)
+    # The ratio of the medians would be 2 / 10.
+    assert records.paired_ratio([1.0, 2.0, 30.0], [10.0, 4.0, 10.0]) == 0.5
+    assert records.paired_ratio([1.0], []) is None
+
+
+def test_read_names_the_line_that_is_no_record(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"benchmark": "update"}\n')
+    with pytest.raises(ValueError, match="line 1 is not a record"):
+        records.read(path)
+
+
+def test_job_survives_its_json():
+    job = Job("ours-float32", "cpu", 2, 7, Sizes(batch=3), "/somewhere")
+    assert Job.from_json(job.to_json()) == job
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def test_bench_writes_records(tmp_path):
+    out = tmp_path / "folder" / "records.jsonl"
+    flags = ["--device", "cpu", "--threads", 1, "--quick", "--out", out, *tiny_flags()]
+    done = run_module("profiling.bench", "update", "act", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "jax-release: skipped, --jax-release was not given" in done.stdout
+    found = records.read(out)
+    methods = ["ours-float32", "ours-bfloat16", "eager-float32"]
+    assert [(r.benchmark, r.method) for r in found] == [(b, m) for b in ("update", "act") for m in methods]
+    for record in found:
+        assert record.dtype == record.method.partition("-")[2]
+        assert record.sizes == TINY
+        assert (record.rounds, record.threads, record.jax, record.driver) == (2, 1, None, None)
+        assert 0.0 < record.p20 <= record.p50 <= record.p80
+        assert record.ratio_to_jax is None
+        assert record.ratio_to_eager > 0.0
+        assert record.peak_bytes >= record.built_bytes > 2**20
+        assert record.torch == torch.__version__
+        assert record.python.split(".")[:2] == [str(n) for n in sys.version_info[:2]]
+        assert record.date.endswith("+00:00")
+        assert record.device
+        assert record.method in done.stdout
+    assert all(r.ratio_to_eager == 1.0 for r in found if r.method == "eager-float32")
+    assert set(json.loads(out.read_text().splitlines()[0])) == {f.name for f in dataclasses.fields(records.Record)}
+
+
+def test_bench_skips_a_release_that_is_not_there(tmp_path):
+    flags = ["--methods", "jax-release", "--jax-release", tmp_path, "--device", "cpu", "--quick"]
+    done = run_module("profiling.bench", "memory", *flags)
+    assert done.returncode == 1
+    assert done.stdout.startswith("jax-release: skipped, FileNotFoundError: no agents/vgf.py in")
+    assert "no method can run here" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--threads", "100000"], "--threads is 100000, expected at most"),
+        (["--hidden", "0"], "--hidden is 0, expected an integer >= 1"),
+        (["--rounds", "0"], "--rounds is 0, expected an integer >= 1"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_do(flags, message, capsys):
+    from profiling import bench
+
+    with pytest.raises(SystemExit):
+        bench.parse(["act", "--device", "cpu", *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_a_part_of_the_gpu_run_ends_with_its_time_limit(tmp_path):
+    from profiling import gpu
+
+    log = tmp_path / "log.txt"
+    assert gpu.run([sys.executable, "-c", "import time; print('begun'); time.sleep(600)"], 1.0, log) is None
+    assert log.read_text() == "begun\n"
+    assert gpu.run([sys.executable, "-c", "print('done'); raise SystemExit(3)"], 600.0, log) == 3
+    assert log.read_text() == "done\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_says_that_there_is_none(tmp_path):
+    done = run_module("profiling.gpu", "--out", tmp_path / "results")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"no GPU that torch {torch.__version__} can use: nothing to do"
+    assert not (tmp_path / "results").exists()
