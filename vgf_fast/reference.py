@@ -202,7 +202,8 @@ class CriticAtStates(StackAtStates):
         head = self.weights[-1].transpose(1, 2)  # [E, 1, H]
         members = head.shape[0]
         if q is None or aggregation == "mean":
-            grad = (head / members).expand_as(tape[-1].y)
+            # Copied out: element-wise products run several times slower over a broadcast tensor.
+            grad = (head / members).repeat(1, tape[-1].y.shape[1], 1)
         else:
             smallest = q.argmin(dim=0, keepdim=True) == torch.arange(members, device=q.device).view(-1, 1, 1)
             grad = smallest * head
