@@ -1,5 +1,7 @@
 """The functional API: what it refuses and how it says so, dtypes, and the choice of a backend."""
 
+import copy
+
 import pytest
 import torch
 
@@ -196,6 +198,37 @@ class TestBackends:
             assert functional.resolve_backend("auto", self.CUDA, particles, width, dtype) == "torch"
         assert [record.message for record in caplog.records if message in record.message] != []
         assert len(caplog.records) == 1
+
+    @pytest.mark.parametrize("optimizer", ["adam", "ascent"])
+    def test_a_flow_with_the_kernels_equals_the_torch_backends(self, optimizer, device):
+        """Also the policy and the learner, which choose the backend once for all they call."""
+        critic = copy.deepcopy(CRITIC).to(device)
+        states, particles = STATES.to(device), PARTICLES.to(device)
+        results = [
+            vgf.value_gradient_flow(
+                critic, states, particles, BUDGET, optimizer=optimizer, return_trajectory=True, backend=backend
+            )
+            for backend in ("triton", "torch")
+        ]
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    def test_policy_and_learner_with_the_kernels_equal_the_torch_backend(self, device):
+        config = vgf.VGFConfig(4, 2, hidden_dims=(8,), behavior_hidden_dims=(8,), particles=5, behavior_steps=2)
+        batch = {
+            "observations": STATES.to(device),
+            "actions": PARTICLES[:, 0].to(device),
+            "next_observations": STATES.to(device),
+            "rewards": torch.ones(3, device=device),
+            "masks": torch.ones(3, device=device),
+        }
+        actions, targets = [], []
+        for backend in ("triton", "torch"):
+            policy = vgf.VGFPolicy(config, device=device, backend=backend)
+            actions.append(policy.sample_actions(STATES.to(device), noise=PARTICLES.to(device)))
+            targets.append(vgf.Learner(policy).update(batch)["target_mean"])
+        torch.testing.assert_close(*actions, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*targets, rtol=1e-4, atol=1e-5)
 
     def test_triton_not_installed(self, monkeypatch):
         monkeypatch.setattr(functional, "triton_installed", lambda: False)
