@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
 def progress_bar(label: str, total: int, enabled: bool = True) -> Iterator[Callable[[], None]]:
     """Yield a function that advances the bar by one; it does nothing when standard error is not a terminal."""
-    if not (enabled and importlib.util.find_spec("rich")):
-        yield lambda: None
-        return
-    from rich.console import Console
-
-    if not Console(stderr=True).is_terminal:
+    try:
+        from rich.console import Console
+    except ImportError:
+        enabled = False
+    if not (enabled and Console(stderr=True).is_terminal):
         yield lambda: None
         return
     from rich.progress import (
