@@ -9,7 +9,14 @@ import triton
 import triton.language as tl
 
 LAYER_NORM_EPS = tl.constexpr(1e-6)
-GELU_SCALE, GELU_CUBIC = tl.constexpr(0.7978845608028654), tl.constexpr(0.044715)  # sqrt(2 / pi)
+# gelu(y) = y sigmoid(y (LINEAR + CUBIC y^2)): 0.5 (1 + tanh(u)) is sigmoid(2 u), u = sqrt(2 / pi) (y + 0.044715 y^3).
+GELU_LINEAR, GELU_CUBIC = tl.constexpr(1.5957691216057308), tl.constexpr(0.07135481627260025)
+
+
+@triton.jit
+def sigmoid(x: tl.tensor) -> tl.tensor:
+    """1 / (1 + exp(-x)); Triton's own does not run in its interpreter."""
+    return tl.div_rn(1.0, 1.0 + tl.exp(-x))
 
 
 @triton.jit
@@ -18,9 +25,8 @@ def activate(y: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     if ACTIVATION == "relu":
         return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ACTIVATION == "swish":
-        return y * tl.sigmoid(y)
-    # 0.5 (1 + tanh(u)) is sigmoid(2 u).
-    return y * tl.sigmoid(2.0 * GELU_SCALE * (y + GELU_CUBIC * y * y * y))
+        return y * sigmoid(y)
+    return y * sigmoid(y * (y * y * GELU_CUBIC + GELU_LINEAR))
 
 
 @triton.jit
@@ -29,10 +35,10 @@ def activation_slope(y: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
     if ACTIVATION == "relu":
         return tl.where(y > 0.0, 1.0, 0.0)
     if ACTIVATION == "swish":
-        s = tl.sigmoid(y)
+        s = sigmoid(y)
         return s * (1.0 + y * (1.0 - s))
-    s = tl.sigmoid(2.0 * GELU_SCALE * (y + GELU_CUBIC * y * y * y))
-    return s + y * s * (1.0 - s) * (2.0 * GELU_SCALE) * (1.0 + 3.0 * GELU_CUBIC * y * y)
+    s = sigmoid(y * (y * y * GELU_CUBIC + GELU_LINEAR))
+    return s + y * s * (1.0 - s) * (y * y * (3.0 * GELU_CUBIC) + GELU_LINEAR)
 
 
 @triton.jit

@@ -92,6 +92,65 @@ def selection(particles: int) -> SelectionLaunch:
     return SelectionLaunch(min(max(256 // block_n, 1), 32), block_n, 2 if block_n <= 256 else min(block_n // 128, 8))
 
 
+@dataclass(frozen=True)
+class BlockLaunch:
+    """Configuration of the kernels whose programs walk all layers of a perceptron for a block of rows."""
+
+    block_m: int  # rows a program, whole states
+    block_n: int  # columns of a tile of a layer's product
+    block_k: int  # of the sums of the product
+    rows: int  # whole rows normalised at a time
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "ROWS": self.rows,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+@functools.cache
+def rows_block(particles: int, padded_width: int, dtype: torch.dtype) -> BlockLaunch:
+    """Configuration of a block of whole states of ``particles`` rows, for weights of a padded width and dtype.
+
+    64 rows balance the matrix unit and the port through which a processor reads the weights.
+    """
+    block_m = 64 if particles <= 64 else 128
+    block_k = min(64 if dtype.itemsize == 2 else 32, padded_width)
+    return BlockLaunch(block_m, min(256, padded_width), block_k, min(block_m, 8192 // padded_width), 8, 2)
+
+
+@dataclass(frozen=True)
+class ShareLaunch:
+    """Configuration of the kernel that computes the states' share of the first layer."""
+
+    block_m: int  # states
+    block_n: int  # columns
+    block_k: int
+    num_warps: int
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+        }
+
+
+@functools.cache
+def state_share(padded_width: int) -> ShareLaunch:
+    """Small tiles: a batch of 256 states and two members of 512 columns fill 128 programs."""
+    return ShareLaunch(32, min(64, padded_width), 64, 4)
+
+
 AGGREGATE_BLOCK, AGGREGATE_WARPS = 512, 4  # values a program of the elementwise reduction over members
 ACTION_BLOCK = 16  # action columns copied at a time by the selection
 
@@ -101,6 +160,11 @@ def interpreted() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of float32 products: tf32, as JAX's own default on a GPU; exact in the interpreter."""
+    return "ieee" if dtype == torch.float32 and interpreted() else "tf32"
 
 
 def check_device(name: str, tensor: Tensor) -> None:
