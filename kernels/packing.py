@@ -2,11 +2,16 @@
 
 Equal sizes of all hidden layers let a kernel loop over layers at run time, and zeros need no masks: a padded column of
 z is zero, every activation is zero there, and a padded row adds nothing.
+
+Packing is done afresh for every use, so that no stale weights can be read: one launch for any number of stacks on a
+GPU or in Triton's interpreter, PyTorch's copies for float64 and elsewhere.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +21,8 @@ from torch import Tensor
 from . import launch
 
 MIN_DOT = 16  # the least extent of a matrix product's operand
+ALIGNMENT = 64  # elements: every packed tensor starts at a multiple of it
+TILE = 2048  # packed entries written by one program
 
 
 class PackedMLP(NamedTuple):
@@ -59,6 +66,130 @@ class PackedMLP(NamedTuple):
         return self.state.dtype
 
 
+class Stack(NamedTuple):
+    """Parameters of E perceptrons as they are trained, to be packed: the arguments of ``pack``."""
+
+    weights: Sequence[Tensor]  # per layer [E, in, out]
+    biases: Sequence[Tensor]  # per layer [E, out]
+    norm_scales: Sequence[Tensor]  # per hidden layer [E, out]; empty without LayerNorm
+    norm_biases: Sequence[Tensor]  # per hidden layer [E, out]; empty without LayerNorm
+    activation: str
+    observation_dim: int
+    action_dim: int
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """All of them in one fixed order."""
+        return (*self.weights, *self.biases, *self.norm_scales, *self.norm_biases)
+
+    @property
+    def layout(self) -> Layout:
+        """Sizes of the packed weights."""
+        first, head = self.weights[0], self.weights[-1]
+        return Layout(
+            first.shape[0],
+            first.shape[1],
+            tuple(w.shape[2] for w in self.weights[:-1]),
+            head.shape[2],
+            self.observation_dim,
+            self.action_dim,
+            bool(self.norm_scales),
+        )
+
+
+class Layout(NamedTuple):
+    """Sizes of a stack, and where its packed tensors lie in one buffer of matrices and one of float32 vectors."""
+
+    members: int
+    inputs: int
+    widths: tuple[int, ...]
+    output_dim: int
+    observation_dim: int
+    action_dim: int
+    layer_norm: bool
+
+    @property
+    def time(self) -> bool:
+        """Whether the last row of the first layer is the time's."""
+        return self.inputs > self.observation_dim + self.action_dim
+
+    @property
+    def padded_width(self) -> int:
+        """HP."""
+        return max(launch.padded(max(self.widths)), MIN_DOT)
+
+    @property
+    def padded_state(self) -> int:
+        """SP."""
+        return -(-max(self.observation_dim, 1) // 64) * 64
+
+    @property
+    def padded_action(self) -> int:
+        """RP."""
+        return max(launch.padded(self.action_dim), MIN_DOT)
+
+    @property
+    def padded_output(self) -> int:
+        """OP."""
+        return 1 if self.output_dim == 1 else max(launch.padded(self.output_dim), MIN_DOT)
+
+    @property
+    def matrix_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of state, action, hidden and head."""
+        e, hp = self.members, self.padded_width
+        hidden = (e, len(self.widths) - 1, hp, hp)
+        return (e, self.padded_state, hp), (e, self.padded_action, hp), hidden, (e, hp, self.padded_output)
+
+    @property
+    def vector_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of time, vectors and head_bias."""
+        e, hp = self.members, self.padded_width
+        return (e, hp), (e, len(self.widths), 3, hp), (e, self.padded_output)
+
+
+def buffer_sizes(layouts: Sequence[Layout]) -> tuple[int, int]:
+    """Entries of the buffer of matrices and of the buffer of vectors that ``views`` cuts up."""
+    aligned = [
+        sum(-(-math.prod(shape) // ALIGNMENT) * ALIGNMENT for layout in layouts for shape in getattr(layout, name))
+        for name in ("matrix_shapes", "vector_shapes")
+    ]
+    return aligned[0], aligned[1]
+
+
+def views(
+    layouts: Sequence[Layout], activations: Sequence[str], matrices: Tensor, vectors: Tensor
+) -> tuple[PackedMLP, ...]:
+    """Packed stacks in a buffer of matrices and a float32 buffer of vectors with ``buffer_sizes`` entries."""
+    packed, starts = [], [0, 0]
+
+    def cut(buffer: int, shape: tuple[int, ...]) -> Tensor:
+        start, size = starts[buffer], math.prod(shape)
+        starts[buffer] += -(-size // ALIGNMENT) * ALIGNMENT
+        return (matrices, vectors)[buffer][start : start + size].view(shape)
+
+    for layout, activation in zip(layouts, activations, strict=True):
+        state, action, hidden, head = (cut(0, shape) for shape in layout.matrix_shapes)
+        time, triples, head_bias = (cut(1, shape) for shape in layout.vector_shapes)
+        packed.append(
+            PackedMLP(
+                state,
+                action,
+                time,
+                hidden,
+                head,
+                triples,
+                head_bias,
+                width_table(layout.widths, matrices.device),
+                layout.observation_dim,
+                layout.action_dim,
+                layout.output_dim,
+                layout.layer_norm,
+                activation,
+            )
+        )
+    return tuple(packed)
+
+
 @functools.lru_cache(maxsize=64)
 def width_table(widths: tuple[int, ...], device: torch.device) -> Tensor:
     """The hidden widths as an int32 tensor on a device; made once, for a copy from the host cannot be captured."""
@@ -74,50 +205,97 @@ def pack(
     observation_dim: int,
     action_dim: int,
     dtype: torch.dtype = torch.float32,
+    out: PackedMLP | None = None,
 ) -> PackedMLP:
     """Pack stacked parameters (per layer weights [E, in, out], biases [E, out]; per hidden layer scales and biases).
 
-    The first layer's rows are those of the state, the action and, if there is one more, the time.
+    The first layer's rows are those of the state, the action and, if there is one more, the time. ``out`` is written
+    instead of new tensors; its matrices have ``dtype``. Raises ``ValueError`` if ``out`` is of other sizes.
     """
-    first = weights[0]
-    members, inputs, _ = first.shape
-    widths = tuple(w.shape[2] for w in weights[:-1])
-    depth, output_dim = len(widths), weights[-1].shape[2]
-    hp = max(launch.padded(max(widths)), MIN_DOT)
-    sp = -(-max(observation_dim, 1) // 64) * 64
-    rp = max(launch.padded(action_dim), MIN_DOT)
-    op = 1 if output_dim == 1 else max(launch.padded(output_dim), MIN_DOT)
-    matrix = functools.partial(torch.zeros, dtype=dtype, device=first.device)
-    vector = functools.partial(torch.zeros, dtype=torch.float32, device=first.device)
-    state, action, time = matrix((members, sp, hp)), matrix((members, rp, hp)), vector((members, hp))
-    hidden, head = matrix((members, depth - 1, hp, hp)), matrix((members, hp, op))
-    vectors, head_bias = vector((members, depth, 3, hp)), vector((members, op))
-    with torch.no_grad():
-        state[:, :observation_dim, : widths[0]] = first[:, :observation_dim]
-        action[:, :action_dim, : widths[0]] = first[:, observation_dim : observation_dim + action_dim]
-        if inputs > observation_dim + action_dim:
-            time[:, : widths[0]] = first[:, -1]
-        for i in range(1, depth):
-            hidden[:, i - 1, : widths[i - 1], : widths[i]] = weights[i]
-        head[:, : widths[-1], :output_dim] = weights[-1]
-        head_bias[:, :output_dim] = biases[-1]
-        for i, width in enumerate(widths):
-            vectors[:, i, 0, :width] = biases[i]
-            if norm_scales:
-                vectors[:, i, 1, :width] = norm_scales[i]
-                vectors[:, i, 2, :width] = norm_biases[i]
-    return PackedMLP(
-        state,
-        action,
-        time,
-        hidden,
-        head,
-        vectors,
-        head_bias,
-        width_table(widths, first.device),
-        observation_dim,
-        action_dim,
-        output_dim,
-        bool(norm_scales),
-        activation,
-    )
+    stack = Stack(weights, biases, norm_scales, norm_biases, activation, observation_dim, action_dim)
+    return pack_many([stack], dtype, None if out is None else [out])[0]
+
+
+@torch.no_grad()
+def pack_many(
+    stacks: Sequence[Stack], dtype: torch.dtype = torch.float32, out: Sequence[PackedMLP] | None = None
+) -> tuple[PackedMLP, ...]:
+    """``pack`` of several stacks of one device in one launch; ``out`` as an earlier call returned it is written again.
+
+    A CUDA graph needs one call before its capture: addresses are copied to the device when first seen.
+    """
+    device = stacks[0].weights[0].device
+    layouts = [stack.layout for stack in stacks]
+    if out is None:
+        sizes = buffer_sizes(layouts)
+        matrices = torch.empty(sizes[0], dtype=dtype, device=device)
+        vectors = torch.empty(sizes[1], dtype=torch.float32, device=device)
+        packed = views(layouts, [stack.activation for stack in stacks], matrices, vectors)
+    else:
+        packed = tuple(out)
+        _check_out(packed, stacks, layouts, dtype)
+    parameters = [parameter for stack in stacks for parameter in stack.parameters]
+    if _kernel_runs(device, dtype) and all(parameter.dtype == torch.float32 for parameter in parameters):
+        from . import packing_kernel
+
+        packing_kernel.write(stacks, packed)
+    else:
+        for stack, target in zip(stacks, packed, strict=True):
+            _copy(stack, target)
+    return packed
+
+
+def _kernel_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton packs: the interpreter truncates to bfloat16 where a GPU rounds."""
+    if dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+        return False
+    return device.type == "cuda" or (dtype == torch.float32 and device.type == "cpu" and launch.interpreted())
+
+
+def _check_out(
+    packed: Sequence[PackedMLP], stacks: Sequence[Stack], layouts: Sequence[Layout], dtype: torch.dtype
+) -> None:
+    if len(packed) != len(stacks):
+        raise ValueError(f"out has {len(packed)} packed stacks, expected {len(stacks)}: one for each to be packed")
+    for target, stack, layout in zip(packed, stacks, layouts, strict=True):
+        matrices = (target.state, target.action, target.hidden, target.head)
+        vectors = (target.time, target.vectors, target.head_bias)
+        for name, tensors, shapes, kind in (
+            ("matrices", matrices, layout.matrix_shapes, dtype),
+            ("vectors", vectors, layout.vector_shapes, torch.float32),
+        ):
+            for tensor, shape in zip(tensors, shapes, strict=True):
+                launch.check_shape(f"out's {name}", tensor, shape, "the padded sizes of the parameters")
+                launch.check_dtype(f"out's {name}", tensor, (kind,))
+                launch.check_same_device(f"out's {name}", tensor, "the parameters", stack.weights[0].device)
+        sizes = (target.observation_dim, target.action_dim, target.output_dim, target.layer_norm, target.activation)
+        expected = (
+            layout.observation_dim,
+            layout.action_dim,
+            layout.output_dim,
+            layout.layer_norm,
+            stack.activation,
+        )
+        if sizes != expected or target.widths is not width_table(layout.widths, stack.weights[0].device):
+            raise ValueError(f"out was packed from other sizes {sizes}, expected {expected} and widths {layout.widths}")
+
+
+def _copy(stack: Stack, packed: PackedMLP) -> None:
+    """Packing by PyTorch's copies."""
+    layout, first = stack.layout, stack.weights[0]
+    widths, rest = layout.widths, layout.observation_dim + layout.action_dim
+    for tensor in packed[:7]:
+        tensor.zero_()
+    packed.state[:, : layout.observation_dim, : widths[0]] = first[:, : layout.observation_dim]
+    packed.action[:, : layout.action_dim, : widths[0]] = first[:, layout.observation_dim : rest]
+    if layout.time:
+        packed.time[:, : widths[0]] = first[:, -1]
+    for i in range(1, len(widths)):
+        packed.hidden[:, i - 1, : widths[i - 1], : widths[i]] = stack.weights[i]
+    packed.head[:, : widths[-1], : layout.output_dim] = stack.weights[-1]
+    packed.head_bias[:, : layout.output_dim] = stack.biases[-1]
+    for i, width in enumerate(widths):
+        packed.vectors[:, i, 0, :width] = stack.biases[i]
+        if stack.norm_scales:
+            packed.vectors[:, i, 1, :width] = stack.norm_scales[i]
+            packed.vectors[:, i, 2, :width] = stack.norm_biases[i]

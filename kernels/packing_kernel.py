@@ -1,0 +1,117 @@
+"""Packing of perceptrons' weights in one launch: programs copy tiles that a table on the device lists.
+
+    packed[row, col] = parameter[row, col] inside the parameter, 0 in the padding
+
+A row of the table is one tile of at most ``packing.TILE`` consecutive packed entries. Parameters are separate tensors:
+the table holds their addresses, and is cached by everything it is computed from, so it cannot be out of date.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch, tables
+from .packing import TILE, PackedMLP, Stack
+
+COLUMNS = tl.constexpr(10)  # of the table, in the order in which the kernel reads them
+
+
+@triton.jit
+def packing_kernel(
+    table_ptr: tl.tensor,  # [tiles, COLUMNS] int64
+    matrices_ptr: tl.tensor,  # the first packed matrix; offsets are relative to it
+    vectors_ptr: tl.tensor,  # the first packed float32 vectors
+    BLOCK: tl.constexpr,
+) -> None:
+    """Copy and convert tile ``program_id(0)``."""
+    row_ptr = table_ptr + tl.program_id(0) * COLUMNS
+    source_ptr = tl.load(row_ptr).to(tl.pointer_type(tl.float32))  # the parameter's entry at the tile's first row
+    stride_row = tl.load(row_ptr + 1)
+    stride_column = tl.load(row_ptr + 2)
+    rows = tl.load(row_ptr + 3)  # of the parameter from there on
+    columns = tl.load(row_ptr + 4)  # of the parameter
+    padded_columns = tl.load(row_ptr + 5).to(tl.int32)
+    position = tl.load(row_ptr + 6).to(tl.int32)  # of the tile's first entry within its row
+    target = tl.load(row_ptr + 7)  # where the tile begins among the packed entries
+    count = tl.load(row_ptr + 8)
+    is_vector = tl.load(row_ptr + 9)
+    offs = tl.arange(0, BLOCK)
+    place = position + offs
+    row = place // padded_columns  # [BLOCK]
+    column = place % padded_columns
+    in_tile = offs < count
+    is_real = in_tile & (row < rows) & (column < columns)
+    values = tl.load(source_ptr + (row * stride_row + column * stride_column), mask=is_real, other=0.0)
+    if is_vector != 0:
+        tl.store(vectors_ptr + target + offs, values, mask=in_tile)
+    else:
+        tl.store(matrices_ptr + target + offs, values.to(matrices_ptr.dtype.element_ty), mask=in_tile)
+
+
+def _tiles(stack: Stack, packed: PackedMLP, matrices: Tensor, vectors: Tensor) -> list[list[int]]:
+    """The table's rows of one stack; targets are relative to the two tensors."""
+    layout, tiles = stack.layout, []
+
+    def add(target: Tensor, source: Tensor | None) -> None:
+        """Tiles of a contiguous target [rows, columns] or [columns] from a source of no greater size."""
+        base = vectors if target.ndim == 1 else matrices
+        target = target if target.ndim == 2 else target.unsqueeze(0)
+        if source is not None and source.ndim == 1:
+            source = source.unsqueeze(0)
+        offset, size, width = (target.data_ptr() - base.data_ptr()) // target.itemsize, target.numel(), target.shape[1]
+        for start in range(0, size, TILE):
+            row = start // width
+            tile = [0, 0, 0, 0, 0, width, start % width, offset + start, min(TILE, size - start), int(base is vectors)]
+            if source is not None and row < source.shape[0]:
+                address = source.data_ptr() + row * source.stride(0) * source.itemsize
+                tile[:5] = [address, *source.stride(), source.shape[0] - row, source.shape[1]]
+            tiles.append(tile)
+
+    depth, states = len(layout.widths), layout.observation_dim
+    for e in range(layout.members):
+        first = stack.weights[0][e]
+        add(packed.state[e], first[:states])
+        add(packed.action[e], first[states : states + layout.action_dim])
+        add(packed.time[e], first[-1] if layout.time else None)
+        for i in range(1, depth):
+            add(packed.hidden[e, i - 1], stack.weights[i][e])
+        add(packed.head[e], stack.weights[-1][e])
+        add(packed.head_bias[e], stack.biases[-1][e])
+        for i in range(depth):
+            add(packed.vectors[e, i, 0], stack.biases[i][e])
+            for j, group in ((1, stack.norm_scales), (2, stack.norm_biases)):
+                add(packed.vectors[e, i, j], group[i][e] if group else None)
+    return tiles
+
+
+def write(stacks: Sequence[Stack], packed: Sequence[PackedMLP]) -> None:
+    """Pack float32 stacks into ``packed``, of one dtype and device, in one launch."""
+    matrices, vectors = packed[0].state, packed[0].vectors
+    parameters = [parameter for stack in stacks for parameter in stack.parameters]
+    targets = [tensor for mlp in packed for tensor in (mlp.state, mlp.action, mlp.hidden, mlp.head)]
+    float32_targets = [tensor for mlp in packed for tensor in (mlp.time, mlp.vectors, mlp.head_bias)]
+    for name, tensor in [("out", tensor) for tensor in targets + float32_targets]:
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
+    key = (
+        "packing",
+        matrices.dtype,
+        tuple(stack.layout for stack in stacks),
+        tuple((parameter.data_ptr(), parameter.stride()) for parameter in parameters),
+        # Tensors without entries have no address.
+        tuple(tensor.data_ptr() - matrices.data_ptr() for tensor in targets if tensor.numel() > 0),
+        tuple(tensor.data_ptr() - vectors.data_ptr() for tensor in float32_targets),
+    )
+    table = tables.device_table(
+        key,
+        matrices.device,
+        lambda: [
+            tile for stack, mlp in zip(stacks, packed, strict=True) for tile in _tiles(stack, mlp, matrices, vectors)
+        ],
+    )
+    with launch.on_device(matrices):
+        packing_kernel[(table.shape[0],)](table, matrices, vectors, BLOCK=TILE, num_warps=4)
