@@ -122,8 +122,10 @@ def rows_block(particles: int, padded_width: int, dtype: torch.dtype) -> BlockLa
     64 rows balance the matrix unit and the port through which a processor reads the weights.
     """
     block_m = 64 if particles <= 64 else 128
-    block_k = min(64 if dtype.itemsize == 2 else 32, padded_width)
-    return BlockLaunch(block_m, min(256, padded_width), block_k, min(block_m, 8192 // padded_width), 8, 2)
+    narrow = dtype.itemsize == 2
+    block_n = min((256 if narrow else 128) * 64 // block_m, padded_width)
+    block_k = min(64 if narrow else 32, padded_width)
+    return BlockLaunch(block_m, block_n, block_k, min(block_m, 8192 // padded_width), 8, 2)
 
 
 @dataclass(frozen=True)
