@@ -23,12 +23,13 @@ from .packing import PackedMLP
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["B", "OBSERVATION"])
+@triton.jit(do_not_specialize=["B", "OBSERVATION", "C"])
 def state_share_kernel(
     s_ptr: tl.tensor,  # [B, O] observations, any strides
     w_ptr: tl.tensor,  # [E, SP, HP]
     vector_ptr: tl.tensor,  # [E, D, 3, HP] float32, whose first row is the first layer's bias
     share_ptr: tl.tensor,  # [E, B, HP] float32, written
+    counter_ptr: tl.tensor,  # [C] int32 with C <= B, zeroed
     stride_sb: tl.tensor,
     stride_so: tl.tensor,
     stride_we: tl.tensor,
@@ -36,6 +37,7 @@ def state_share_kernel(
     B: tl.tensor,
     OBSERVATION: tl.tensor,  # O
     SP: tl.tensor,
+    C: tl.tensor,
     HP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -57,6 +59,8 @@ def state_share_kernel(
         total = tl.dot(s, tl.load(w_ptrs), total, input_precision=PRECISION)
         w_ptrs += BLOCK_K * HP
     total += tl.load(vector_ptr + member * stride_ve + offs_n)[None, :]
+    if (tl.program_id(1) == 0) & (member == 0):
+        tl.store(counter_ptr + offs_b, 0, mask=offs_b < C)
     tl.store(share_ptr + (member * B + offs_b)[:, None] * HP + offs_n[None, :], total, mask=in_b[:, None])
 
 
@@ -182,8 +186,11 @@ def combine_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
-def state_share(mlp: PackedMLP, observations: Tensor, precision: str) -> Tensor:
-    """W^s s + b of every member, bias included: observations [B, O] -> [E, B, HP] float32. One launch."""
+def state_share(mlp: PackedMLP, observations: Tensor, precision: str, counter: Tensor | None = None) -> Tensor:
+    """W^s s + b of every member, bias included: observations [B, O] -> [E, B, HP] float32. One launch.
+
+    ``counter``, int32 of at most B entries, is zeroed on the way: it saves a later kernel a launch.
+    """
     batch, hp = observations.shape[0], mlp.padded_width
     share = torch.empty((mlp.members, batch, hp), dtype=torch.float32, device=observations.device)
     if batch == 0:
@@ -195,12 +202,14 @@ def state_share(mlp: PackedMLP, observations: Tensor, precision: str) -> Tensor:
             mlp.state,
             mlp.vectors,
             share,
+            share if counter is None else counter,
             *observations.stride(),
             mlp.state.stride(0),
             mlp.vectors.stride(0),
             B=batch,
             OBSERVATION=mlp.observation_dim,
             SP=mlp.state.shape[1],
+            C=0 if counter is None else len(counter),
             HP=hp,
             PRECISION=precision,
             **config.options(),

@@ -153,6 +153,48 @@ def state_share(padded_width: int) -> ShareLaunch:
     return ShareLaunch(32, min(64, padded_width), 64, 4)
 
 
+@functools.cache
+def training_block(padded_width: int, dtype: torch.dtype) -> BlockLaunch:
+    """Configuration of the forward and backward pass of training, for weights of a padded width and dtype.
+
+    32 rows, so that a batch of 256 and two members give 16 programs: fewer rows read the weights more often.
+    """
+    narrow = dtype.itemsize == 2
+    block_n = min(256 if narrow else 128, padded_width)
+    block_k = min(64 if narrow else 32, padded_width)
+    return BlockLaunch(32, block_n, block_k, min(32, 4096 // padded_width), 8, 2)
+
+
+@dataclass(frozen=True)
+class GradientLaunch:
+    """Configuration of the kernel of weight gradients and optimiser: one program a tile of a gradient."""
+
+    block_m: int
+    block_n: int
+    block_k: int  # rows of the batch at a time
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+GRADIENT_TILE = 64  # columns of its operands that the kernel of weight gradients may read past their last
+
+
+@functools.cache
+def weight_gradient(dtype: torch.dtype, rows: int) -> GradientLaunch:
+    """Configuration for layers' inputs of a dtype in blocks of ``rows`` rows."""
+    return GradientLaunch(GRADIENT_TILE, GRADIENT_TILE, min(64 if dtype.itemsize == 2 else 32, rows), 4, 3)
+
+
 AGGREGATE_BLOCK, AGGREGATE_WARPS = 512, 4  # values a program of the elementwise reduction over members
 ACTION_BLOCK = 16  # action columns copied at a time by the selection
 

@@ -26,15 +26,63 @@ SIGNAL_DTYPES = (*VALUE_DTYPES, torch.float64, torch.bool)
 
 @triton.jit
 def aggregate_members(
-    q_ptrs: tl.tensor, stride_e: tl.tensor, mask: tl.tensor, E: tl.tensor, MINIMUM: tl.constexpr
+    q_ptrs: tl.tensor,
+    stride_e: tl.tensor,
+    mask: tl.tensor,
+    E: tl.tensor,
+    MINIMUM: tl.constexpr,
+    CACHE: tl.constexpr = "",
 ) -> tl.tensor:
-    """Minimum or mean of E values each: ``q_ptrs`` to those of the first member, any shape; zero where masked."""
-    total = tl.load(q_ptrs, mask=mask, other=0.0).to(tl.float32)
+    """Minimum or mean of E values each: ``q_ptrs`` to those of the first member, any shape; zero where masked.
+
+    ``CACHE`` ".cg" reads values that other programs of the launch have written.
+    """
+    total = tl.load(q_ptrs, mask=mask, other=0.0, cache_modifier=CACHE).to(tl.float32)
     for _ in range(1, E):
         q_ptrs += stride_e
-        value = tl.load(q_ptrs, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(q_ptrs, mask=mask, other=0.0, cache_modifier=CACHE).to(tl.float32)
         total = tl.minimum(total, value, propagate_nan=tl.PropagateNan.ALL) if MINIMUM else total + value
     return total if MINIMUM else tl.div_rn(total, E.to(tl.float32))
+
+
+@triton.jit
+def choose(
+    q: tl.tensor,  # [BLOCK_B, BLOCK_N] float32
+    uniform: tl.tensor,  # [BLOCK_B] float32 in [0, 1); unused by "max"
+    N: tl.tensor,
+    inverse_temperature: tl.tensor,
+    MODE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tl.tensor:
+    """Index of the chosen particle of every state, int32 [BLOCK_B]; a value that is no number counts as the largest."""
+    offs_n = tl.arange(0, BLOCK_N)[None, :]
+    in_n = offs_n < N
+    if MODE == "random":
+        index = (uniform * N.to(tl.float32)).to(tl.int32)
+    else:
+        q = tl.where(q == q, q, float("inf"))
+        largest = tl.max(tl.where(in_n, q, float("-inf")), axis=1)[:, None]
+        is_chosen = q == largest
+        if MODE == "softmax":
+            # The largest are exempt: infinity less infinity is not a number.
+            below = tl.where(is_chosen, 0.0, q - largest)
+            weight = tl.where(in_n, tl.exp(below * inverse_temperature), 0.0)
+            cumulative = tl.cumsum(tl.div_rn(weight, tl.sum(weight, axis=1)[:, None]), axis=1)
+            is_chosen = cumulative > uniform[:, None]
+        index = tl.min(tl.where(is_chosen & in_n, offs_n, BLOCK_N), axis=1)
+    # Rounding can leave the last cumulative probability at or below u, or u N at N.
+    return tl.minimum(index, N - 1)
+
+
+@triton.jit
+def reduce_particles(q: tl.tensor, N: tl.tensor, LARGEST: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:
+    """Mean or largest of every state's values: q [BLOCK_B, BLOCK_N], zero in the padding, -> [BLOCK_B]."""
+    if not LARGEST:
+        return tl.div_rn(tl.sum(q, axis=1), N.to(tl.float32))
+    in_n = (tl.arange(0, BLOCK_N) < N)[None, :]
+    value = tl.max(tl.where(in_n, q, float("-inf")), axis=1)
+    # The maximum passes over what is not a number; a broken critic must show in the target.
+    return tl.where(tl.max((q != q).to(tl.int32), axis=1) > 0, float("nan"), value)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -87,25 +135,14 @@ def select_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     in_b = offs_b < B
     in_n = (offs_n < N)[None, :]  # [1, BLOCK_N]
-    if MODE == "random":
+    uniform = tl.zeros([BLOCK_B], tl.float32)
+    if MODE != "max":
         uniform = tl.load(uniform_ptr + offs_b * stride_u, mask=in_b, other=0.0)  # [BLOCK_B]
-        index = (uniform * N.to(tl.float32)).to(tl.int32)
-    else:
+    q = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+    if MODE != "random":
         q_ptrs = q_ptr + (offs_b[:, None] * stride_qb + offs_n.to(tl.int64)[None, :] * stride_qn)  # [BLOCK_B, BLOCK_N]
         q = tl.load(q_ptrs, mask=in_b[:, None] & in_n, other=0.0).to(tl.float32)
-        q = tl.where(q == q, q, float("inf"))
-        largest = tl.max(tl.where(in_n, q, float("-inf")), axis=1)[:, None]
-        is_chosen = q == largest
-        if MODE == "softmax":
-            uniform = tl.load(uniform_ptr + offs_b * stride_u, mask=in_b, other=0.0)
-            # The largest are exempt: infinity less infinity is not a number.
-            below = tl.where(is_chosen, 0.0, q - largest)
-            weight = tl.where(in_n, tl.exp(below * inverse_temperature), 0.0)
-            cumulative = tl.cumsum(tl.div_rn(weight, tl.sum(weight, axis=1)[:, None]), axis=1)
-            is_chosen = cumulative > uniform[:, None]
-        index = tl.min(tl.where(is_chosen & in_n, offs_n[None, :], BLOCK_N), axis=1)
-    # Rounding can leave the last cumulative probability at or below u, or u N at N.
-    index = tl.minimum(index, N - 1).to(tl.int64)  # [BLOCK_B]
+    index = choose(q, uniform, N, inverse_temperature, MODE, BLOCK_N).to(tl.int64)  # [BLOCK_B]
     tl.store(index_ptr + offs_b, index, mask=in_b)
     x_rows = x_ptr + (offs_b * stride_xb + index * stride_xn)
     for first in range(0, A, BLOCK_A):
@@ -142,12 +179,7 @@ def td_target_kernel(
     mask = in_b[:, None] & (offs_n < N)[None, :]
     q_ptrs = q_ptr + (offs_b[:, None] * stride_b + offs_n.to(tl.int64)[None, :] * stride_n)  # [BLOCK_B, BLOCK_N]
     q = aggregate_members(q_ptrs, stride_e, mask, E, MINIMUM)
-    if LARGEST:
-        value = tl.max(tl.where((offs_n < N)[None, :], q, float("-inf")), axis=1)  # [BLOCK_B]
-        # The maximum passes over what is not a number; a broken critic must show in the target.
-        value = tl.where(tl.max((q != q).to(tl.int32), axis=1) > 0, float("nan"), value)
-    else:
-        value = tl.div_rn(tl.sum(q, axis=1), N.to(tl.float32))
+    value = reduce_particles(q, N, LARGEST, BLOCK_N)
     reward = tl.load(reward_ptr + offs_b * stride_r, mask=in_b, other=0.0).to(tl.float32)
     keep = tl.load(mask_ptr + offs_b * stride_m, mask=in_b, other=0.0).to(tl.float32)
     tl.store(y_ptr + offs_b, reward + discount * keep * value, mask=in_b)
