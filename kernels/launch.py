@@ -15,6 +15,7 @@ from torch import Tensor
 
 MAX_PARTICLES = 128  # of the SVGD kernels, which hold all pairs of particles of one state in registers
 MAX_ACTION_DIM = 64
+MAX_WIDTH = 1024  # padded, of the kernels that hold whole rows of a hidden layer in registers
 MAX_CANDIDATES = 4096  # particles of one state among which a selection kernel chooses
 PARTICLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
