@@ -155,15 +155,18 @@ def state_share(padded_width: int) -> ShareLaunch:
 
 
 @functools.cache
-def training_block(padded_width: int, dtype: torch.dtype) -> BlockLaunch:
-    """Configuration of the forward and backward pass of training, for weights of a padded width and dtype.
+def training_block(
+    padded_width: int, dtype: torch.dtype, backward: bool = True, amd: bool = torch.version.hip is not None
+) -> BlockLaunch:
+    """Configuration of a launch of training, with a backward pass or not, for weights of a padded width and dtype.
 
     32 rows, so that a batch of 256 and two members give 16 programs: fewer rows read the weights more often.
     """
     narrow = dtype.itemsize == 2
-    block_n = min(256 if narrow else 128, padded_width)
+    block_n = min(256 if narrow else 64 if amd else 128, padded_width)
     block_k = min(64 if narrow else 32, padded_width)
-    return BlockLaunch(32, block_n, block_k, min(32, 4096 // padded_width), 8, 2)
+    rows = min(32, (2048 if backward else 4096) // padded_width)
+    return BlockLaunch(32, block_n, block_k, rows, 8, 2 if amd else 3)
 
 
 @dataclass(frozen=True)
@@ -187,13 +190,16 @@ class GradientLaunch:
         }
 
 
-GRADIENT_TILE = 64  # columns of its operands that the kernel of weight gradients may read past their last
+GRADIENT_TILE = 64  # columns that the kernel of weight gradients may read past an operand's last
 
 
 @functools.cache
 def weight_gradient(dtype: torch.dtype, rows: int) -> GradientLaunch:
-    """Configuration for layers' inputs of a dtype in blocks of ``rows`` rows."""
-    return GradientLaunch(GRADIENT_TILE, GRADIENT_TILE, min(64 if dtype.itemsize == 2 else 32, rows), 4, 3)
+    """Configuration for layers' inputs of a dtype in blocks of ``rows`` rows.
+
+    Eight entries a thread: Adam's tensors take two 64-bit addresses and a value for each of them.
+    """
+    return GradientLaunch(32, GRADIENT_TILE, min(64 if dtype.itemsize == 2 else 32, rows), 8, 3)
 
 
 AGGREGATE_BLOCK, AGGREGATE_WARPS = 512, 4  # values a program of the elementwise reduction over members

@@ -533,10 +533,9 @@ def _mlp_forward(
     vectors = torch.empty(sizes[1], dtype=torch.float32, device=actions.device)
     mlp = packing.views([layout], [activation], matrices, vectors)[0]
     packing.pack_many([stack], dtype, [mlp])
+    config = launch.training_block(layout.padded_width, dtype, backward=False)
     if len(actions) == 0:
-        fake = _fake_forward(layout, actions, launch.training_block(layout.padded_width, dtype), dtype, loss)
-        return (*fake, matrices, vectors)
-    config = launch.training_block(layout.padded_width, dtype)
+        return (*_fake_forward(layout, actions, config, dtype, loss), matrices, vectors)
     result = _run(mlp, layout, batch, config, precision, loss, weight)
     value = result.losses[..., 0].sum() / (len(actions) * layout.output_dim)
     return value, result.out, result.dout, result.left, result.z, matrices, vectors
@@ -573,8 +572,9 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     layout = _stack(parameters, layer_norm, activation, observations.shape[1], actions.shape[1]).layout
     sizes = packing.buffer_sizes([layout])
+    config = launch.training_block(layout.padded_width, dtype, backward=False)
     return (
-        *_fake_forward(layout, actions, launch.training_block(layout.padded_width, dtype), dtype, loss),
+        *_fake_forward(layout, actions, config, dtype, loss),
         actions.new_empty(sizes[0], dtype=dtype),
         actions.new_empty(sizes[1]),
     )

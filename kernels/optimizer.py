@@ -90,10 +90,10 @@ def weight_gradient_kernel(
     is_vector = tl.load(row_ptr)
     rows = tl.load(row_ptr + 1).to(tl.int32)  # of the parameter from the tile's first one on; 1 for a vector
     columns = tl.load(row_ptr + 2).to(tl.int32)
-    stride = tl.load(row_ptr + 3)  # between rows of the parameter
+    stride = tl.load(row_ptr + 3).to(tl.int32)  # between rows of the parameter
     place = tl.load(row_ptr + 4)  # of the tile's first gradient in the buffer
     left = tl.load(row_ptr + 5)  # of the tile's first column of h
-    stride_left = tl.load(row_ptr + 6)
+    stride_left = tl.load(row_ptr + 6).to(tl.int32)
     right = tl.load(row_ptr + 7)  # of the tile's first column of dz, or the vector's first share
     stride_right = tl.load(row_ptr + 8)  # between rows of the batch, or between the blocks' shares
     offs_m = tl.arange(0, BLOCK_M)
@@ -107,17 +107,17 @@ def weight_gradient_kernel(
         grad = tl.broadcast_to(tl.sum(share, axis=0)[None, :], [BLOCK_M, BLOCK_N])
     else:
         # Everything that is read lies at multiples of 16 entries, and past a layer's width only fills unused columns.
-        stride_left = tl.multiple_of(stride_left, 16)
-        stride_right = tl.multiple_of(stride_right, 16)
-        offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-        left_ptrs = left_ptr + tl.multiple_of(left, 16) + offs_k[:, None] * stride_left + offs_m[None, :]
-        right_ptrs = right_ptr + tl.multiple_of(right, 16) + offs_k[:, None] * stride_right + offs_n[None, :]
+        step_left = tl.multiple_of(stride_left, 16)
+        step_right = tl.multiple_of(stride_right.to(tl.int32), 16)
+        offs_k = tl.arange(0, BLOCK_K)
+        left_ptrs = left_ptr + tl.multiple_of(left, 16) + (offs_k[:, None] * step_left + offs_m[None, :])
+        right_ptrs = right_ptr + tl.multiple_of(right, 16) + (offs_k[:, None] * step_right + offs_n[None, :])
         grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for _ in range(0, padded_rows, BLOCK_K):
             h = tl.load(left_ptrs)  # [BLOCK_K, BLOCK_M]
             grad = tl.dot(tl.trans(h), tl.load(right_ptrs), grad, input_precision=PRECISION)
-            left_ptrs += BLOCK_K * stride_left
-            right_ptrs += BLOCK_K * stride_right
+            left_ptrs += BLOCK_K * step_left
+            right_ptrs += BLOCK_K * step_right
     in_tile = (offs_m < rows)[:, None] & (offs_n < columns)[None, :]
     offs = offs_m[:, None] * stride + offs_n[None, :]
     if ADAM:
