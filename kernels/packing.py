@@ -130,8 +130,8 @@ class Layout(NamedTuple):
 
     @property
     def padded_output(self) -> int:
-        """OP."""
-        return 1 if self.output_dim == 1 else max(launch.padded(self.output_dim), MIN_DOT)
+        """OP: a critic's is 1, and any other's that of a matrix product."""
+        return 1 if self.output_dim == 1 and not self.time else max(launch.padded(self.output_dim), MIN_DOT)
 
     @property
     def matrix_shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -19,6 +19,14 @@ BOUNDS = {
     # Against the release's float64 run itself: rounding its particles to float32 moves distances, hence the kernel.
     "release_direction": {F32: 1e-5},
     "release_particles": {F32: 1e-5},
+    # Relative to the largest entry: sums over as many terms as a layer is wide, one layer after another.
+    "critic_value": {F32: 2e-6},
+    "critic_score": {F32: 4e-6},
+    "behavior_flow": {F32: 2e-6},
+    "flow_step": {F32: 1e-5},
+    # Against the release's float64 run: its networks rounded to float32.
+    "release_score": {F32: 1e-5},
+    "release_trajectory": {F32: 1e-4},
     "aggregate": {F32: 2.5e-7, BF16: 2**-7, F16: 2**-10},
     "td_target": {F32: 5e-7},
     "cumulative_probability": {F32: 1e-6},
