@@ -26,6 +26,7 @@ from vgf_fast.reference import FlowResult, MLPWeights
 Backend = Literal["auto", "triton", "torch"]
 MAX_KERNEL_PARTICLES = 128
 MAX_KERNEL_ACTION_DIM = 64
+MAX_KERNEL_WIDTH = 1024  # of hidden layers
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 logger = logging.getLogger("vgf_fast")

@@ -16,22 +16,27 @@ from torch import Tensor
 from vgf_fast import checkpoints, functional, reference
 from vgf_fast.config import TrainConfig, VGFConfig
 from vgf_fast.functional import Backend
-from vgf_fast.networks import VelocityField
+from vgf_fast.networks import EnsembleMLP, VelocityField
 from vgf_fast.policy import VGFPolicy
 from vgf_fast.progress import progress_bar
 from vgf_fast.reference import MLPWeights
 
 if TYPE_CHECKING:
     from vgf_fast.data.dataset import Dataset
+    from vgf_fast.kernels.packing import Stack
 
 LEARNER_FILE = "learner.safetensors"
 BATCH_FIELDS = ("observations", "actions", "next_observations", "rewards", "masks")
 
 
 class Learner:
-    """Trains a policy in place. Every random number comes from ``learner.generator``, seeded with ``config.seed``."""
+    """Trains a policy in place. Every random number comes from ``learner.generator``, seeded with ``config.seed``.
 
-    def __init__(self, policy: VGFPolicy, config: TrainConfig | None = None) -> None:
+    On the Triton backend losses, gradients, optimiser and target critic run in its kernels; ``fused_optimizer=False``
+    leaves the optimiser's step and the target critic to PyTorch.
+    """
+
+    def __init__(self, policy: VGFPolicy, config: TrainConfig | None = None, *, fused_optimizer: bool = True) -> None:
         config = TrainConfig() if config is None else config
         if not isinstance(policy, VGFPolicy):
             raise TypeError(f"policy is a {type(policy).__name__}, expected a VGFPolicy")
@@ -44,6 +49,7 @@ class Learner:
             )
         self.policy = policy
         self.config = config
+        self.fused_optimizer = fused_optimizer
         self.step = 0
         self.generator = torch.Generator(policy.device).manual_seed(config.seed)
         rates = (config.critic_learning_rate, config.behavior_learning_rate)
@@ -88,25 +94,132 @@ class Learner:
             backend=policy.backend,
         )
 
-        q = reference.member_values(critic, data["observations"], data["actions"])
-        critic_loss = self._critic_loss(q, target)
-        behavior_loss = self._behavior_loss(behavior, data, draws)
+        kernels = self._kernels()
+        if kernels and self.fused_optimizer:
+            losses = self._fused_step(data, draws, target)
+        else:
+            losses = self._plain_step(data, draws, target, critic, behavior, kernels)
+        self.step += 1
+        return losses | {
+            "bc_flow_var": _particle_variance(drawn),
+            "vgf_var": _particle_variance(moved),
+        }
+
+    def _kernels(self) -> bool:
+        """Whether losses and gradients run in the Triton kernels."""
+        policy, config = self.policy, self.policy.config
+        backend = functional.resolve_backend(
+            policy.backend, policy.device, config.particles, config.action_dim, policy.dtype
+        )
+        widths = (*config.hidden_dims, *config.behavior_hidden_dims)
+        # Products of bfloat16 are wrong in the interpreter.
+        exact = policy.device.type == "cuda" or self.config.precision == "float32"
+        return backend == "triton" and exact and max(widths) <= functional.MAX_KERNEL_WIDTH
+
+    def _plain_step(
+        self,
+        data: dict[str, Tensor],
+        draws: dict[str, Tensor],
+        target: Tensor,
+        critic: MLPWeights,
+        behavior: MLPWeights,
+        kernels: bool,
+    ) -> dict[str, Tensor]:
+        """Losses and their gradients, then PyTorch's optimiser."""
+        if kernels:
+            critic_loss, q, behavior_loss = self._kernel_losses(data, draws, target, behavior)
+        else:
+            q = reference.member_values(critic, data["observations"], data["actions"])
+            critic_loss = self._critic_loss(q, target)
+            behavior_loss = self._behavior_loss(behavior, data, draws)
         for optimizer in self._optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         (critic_loss + behavior_loss).backward()
         # Before the gradient step: the release blends in the critic the gradient was taken at.
-        reference.polyak_(list(policy.target_critic.parameters()), list(policy.critic.parameters()), config.tau)
+        policy, tau = self.policy, self.config.tau
+        reference.polyak_(list(policy.target_critic.parameters()), list(policy.critic.parameters()), tau)
         for optimizer in self._optimizers.values():
             optimizer.step()
-        self.step += 1
         return {
             "critic_loss": critic_loss.detach(),
             "bc_loss": behavior_loss.detach(),
             "q_mean": q[0].detach().mean(),
             "target_mean": target.mean(),
-            "bc_flow_var": _particle_variance(drawn),
-            "vgf_var": _particle_variance(moved),
         }
+
+    def _kernel_losses(
+        self, data: dict[str, Tensor], draws: dict[str, Tensor], target: Tensor, behavior: MLPWeights
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The critic's loss and values [E, B], and the behaviour model's loss; differentiable."""
+        from vgf_fast.kernels import mlp_training
+
+        states, actions = data["observations"], data["actions"]
+        loss, weight = self._kernel_loss()
+        dtype = self._compute_dtype()
+        critic_loss, q = mlp_training.mlp_loss(
+            _stack(self.policy.critic), states, actions, target.unsqueeze(1), loss, weight, dtype=dtype
+        )
+        if isinstance(self.policy.behavior, VelocityField):
+            x, velocity = reference.flow_matching_inputs(actions, draws["bc_x0"], draws["bc_t"])
+            stack, time = _stack(self.policy.behavior), draws["bc_t"]
+            behavior_loss, _ = mlp_training.mlp_loss(stack, states, x, velocity, time=time, dtype=dtype)
+        else:
+            behavior_loss = self._behavior_loss(behavior, data, draws)
+        return critic_loss, q.squeeze(2), behavior_loss
+
+    @torch.no_grad()
+    def _fused_step(self, data: dict[str, Tensor], draws: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:
+        """Losses, gradients, Adam and the target critic in two launches a network, after one that packs weights."""
+        from vgf_fast.kernels import packing
+        from vgf_fast.kernels.mlp_training import Batch, training_step_
+
+        policy, config = self.policy, self.config
+        states, actions = data["observations"], data["actions"]
+        stacks = [_stack(policy.critic)]
+        if isinstance(policy.behavior, VelocityField):
+            stacks.append(_stack(policy.behavior))
+        packed = packing.pack_many(stacks, self._compute_dtype())
+        loss, weight = self._kernel_loss()
+        critic_loss, q_mean, target_mean = training_step_(
+            stacks[0],
+            packed[0],
+            Batch(states, actions, target=target.unsqueeze(1)),
+            self._optimizers["critic"],
+            loss,
+            weight,
+            _stack(policy.target_critic).parameters,
+            config.tau,
+        ).unbind()
+        if len(stacks) == 2:
+            batch = Batch(states, actions, draws["bc_t"], draws["bc_x0"])
+            behavior_loss = training_step_(stacks[1], packed[1], batch, self._optimizers["behavior"])[0]
+        else:
+            behavior_loss = self._torch_behavior_step(data, draws)
+        return {
+            "critic_loss": critic_loss,
+            "bc_loss": behavior_loss,
+            "q_mean": q_mean,
+            "target_mean": target_mean,
+        }
+
+    @torch.enable_grad()
+    def _torch_behavior_step(self, data: dict[str, Tensor], draws: dict[str, Tensor]) -> Tensor:
+        """The behaviour model's step of Adam in PyTorch; returns its loss."""
+        optimizer = self._optimizers["behavior"]
+        loss = self._behavior_loss(self._compute_weights(self.policy.behavior.stacked()), data, draws)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    def _kernel_loss(self) -> tuple[str, float]:
+        """The critic's loss by the kernels' name, and its weight."""
+        name = "squared" if self.config.critic_loss == "td" else self.config.critic_loss
+        return name, self.config.expectile
+
+    def _compute_dtype(self) -> torch.dtype:
+        """Of the operands of matrix products in the kernels."""
+        return torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
 
     def _compute_weights(self, weights: MLPWeights) -> MLPWeights:
         return weights.to(torch.bfloat16) if self.config.precision == "bfloat16" else weights
@@ -321,6 +434,13 @@ class Learner:
             learner.generator.set_state(tensors["generator/learner"])
             policy.generator.set_state(tensors["generator/policy"])
         return learner
+
+
+def _stack(module: EnsembleMLP | VelocityField) -> Stack:
+    """A network's parameters as the kernels take them."""
+    from vgf_fast.kernels.packing import Stack
+
+    return Stack(*module.stacked(), module.observation_dim, module.action_dim)
 
 
 @contextlib.contextmanager
