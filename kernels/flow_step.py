@@ -51,13 +51,15 @@ def flow_step_kernel(
     scratch_ptr: tl.tensor,  # [E, blocks, slots, BLOCK_M, HP] of the weights' dtype
     counter_ptr: tl.tensor,  # [blocks] int32, zero; with an EPILOGUE the members that are done
     uniform_ptr: tl.tensor,  # [B] float32; EPILOGUE "select" unless SELECTION is "max"
-    reward_ptr: tl.tensor,  # [B] float32, EPILOGUE "td"
-    mask_ptr: tl.tensor,  # [B] float32, EPILOGUE "td"
+    reward_ptr: tl.tensor,  # [B] any stride, EPILOGUE "td"
+    mask_ptr: tl.tensor,  # [B] any stride, EPILOGUE "td"
     out_ptr: tl.tensor,  # [B, A] actions or [B] TD targets, float32, written by the EPILOGUE
     index_ptr: tl.tensor,  # [B] int64 chosen particles, EPILOGUE "select"
     stride_xb: tl.tensor,
     stride_xn: tl.tensor,
     stride_xa: tl.tensor,
+    stride_reward: tl.tensor,
+    stride_mask: tl.tensor,
     B: tl.tensor,
     N: tl.tensor,
     A: tl.tensor,
@@ -191,8 +193,8 @@ def flow_step_kernel(
             q = aggregate_members(q_ptrs, total_rows, is_value, E, VALUE_MINIMUM, ".cg")  # [BLOCK_S, BLOCK_P]
             state = first_state + offs_b
             if EPILOGUE == "td":
-                reward = tl.load(reward_ptr + state, mask=in_b, other=0.0)
-                keep = tl.load(mask_ptr + state, mask=in_b, other=0.0)
+                reward = tl.load(reward_ptr + state * stride_reward, mask=in_b, other=0.0).to(tl.float32)
+                keep = tl.load(mask_ptr + state * stride_mask, mask=in_b, other=0.0).to(tl.float32)
                 value = reduce_particles(q, N, LARGEST, BLOCK_P)
                 tl.store(out_ptr + state, reward + discount * keep * value, mask=in_b)
             else:
@@ -222,8 +224,8 @@ class Select(NamedTuple):
 class TDTarget(NamedTuple):
     """Last act of a flow: the TD target of the values of the last particles."""
 
-    rewards: Tensor  # [B] float32
-    masks: Tensor  # [B] float32
+    rewards: Tensor  # [B]
+    masks: Tensor  # [B]
     discount: float
     q_aggregation: str = "min"
     reduce: str = "mean"
@@ -294,8 +296,6 @@ def value_gradient_flow(
     adam = optimizer == "adam"
     moments = torch.empty((2, *copies.shape) if adam and steps else (2, 1), dtype=torch.float32, device=device)
     scratch = cut.scratch(mlp, backward=steps > 0)
-    select = epilogue if isinstance(epilogue, Select) else Select()
-    td = epilogue if isinstance(epilogue, TDTarget) else None
     unused = copies
     with launch.on_device(particles):
         for step in range(steps + 1):
@@ -307,7 +307,10 @@ def value_gradient_flow(
                 continue
             weights = mlp if critic != "values" else evaluator
             now, before = step % 2, (step + 1) % 2
-            ending = epilogue is not None and step == steps
+            # Only the last launch ends in a choice: all others are one kernel, whatever follows.
+            ending = epilogue if step == steps else None
+            select = ending if isinstance(ending, Select) else Select()
+            td = ending if isinstance(ending, TDTarget) else None
             flow_step_kernel[(cut.blocks, members if critic != "none" else 1)](
                 particles,
                 copies,
@@ -330,9 +333,11 @@ def value_gradient_flow(
                 unused if select.uniform is None else select.uniform,
                 unused if td is None else td.rewards,
                 unused if td is None else td.masks,
-                unused if chosen is None else chosen,
-                counter if index is None else index,
+                unused if chosen is None or ending is None else chosen,
+                counter if index is None or ending is None else index,
                 *particles.stride(),
+                0 if td is None else td.rewards.stride(0),
+                0 if td is None else td.masks.stride(0),
                 B=batch,
                 N=n,
                 A=width,
@@ -349,7 +354,7 @@ def value_gradient_flow(
                 FIRST=step == 0,
                 CRITIC=critic,
                 TRAJECTORY=trajectory is not None,
-                EPILOGUE="none" if not ending else "select" if td is None else "td",
+                EPILOGUE="none" if ending is None else "select" if td is None else "td",
                 SELECTION=select.mode,
                 VALUE_MINIMUM=(select.q_aggregation if td is None else td.q_aggregation) == "min",
                 LARGEST=td is not None and td.reduce == "max",

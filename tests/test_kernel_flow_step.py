@@ -126,7 +126,8 @@ def test_equal_to_the_step_kernel(particles):
 def test_td_target_by_another_critic(steps, aggregation, reduce):
     module, target = (networks.critic(5, 3, (24, 24), seed=seed) for seed in (1, 2))
     states, particles = networks.states_and_actions(15, 10, 5, 3)
-    rewards, masks = states[:, 0].contiguous(), (states[:, 1] > 0.0).float()
+    # Columns of the states, strided as a dataset's fields are.
+    rewards, masks = states[:, 0], (states > 0.0).float()[:, 1]
     epilogue = flow_step.TDTarget(rewards, masks, 0.9, aggregation, reduce)
     result = flow(module, states, particles, steps, evaluator=networks.packed(target), epilogue=epilogue)
     q = reference.CriticAtStates(networks.exact(target), states.double()).values(result.particles.double())
