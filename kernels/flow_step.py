@@ -238,7 +238,7 @@ class FlowOutput(NamedTuple):
     q: Tensor | None  # [E, B, N] of the last particles, by the critic or the one asked for
     trajectory: Tensor | None  # [L + 1, B, N, A]
     chosen: Tensor | None  # [B, A] actions of ``Select``, or [B] targets of ``TDTarget``
-    index: Tensor | None  # [B] int64, of ``Select``
+    chosen_index: Tensor | None  # [B] int64, of ``Select``
 
 
 def value_gradient_flow(

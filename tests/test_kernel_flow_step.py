@@ -146,7 +146,7 @@ def test_selection(steps, mode):
     result = flow(module, states, particles, steps, epilogue=epilogue)
     values = reference.aggregate(result.q, "min")
     action, index = reference.select_particle(result.particles, values, mode, 0.3, uniform)
-    assert torch.equal(result.index, index)
+    assert torch.equal(result.chosen_index, index)
     assert torch.equal(result.chosen, action)
 
 

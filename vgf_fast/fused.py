@@ -1,0 +1,145 @@
+"""Acting and one training update on the Triton backend, in as few launches as the kernels allow.
+
+Nothing here waits for the device, copies from the host or depends on values, so that a CUDA graph can hold all of it.
+Weights are packed afresh at the start: no stale copy of them can ever be used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vgf_fast import reference
+from vgf_fast.config import TransportBudget
+from vgf_fast.networks import EnsembleMLP, GaussianBehavior, VelocityField
+
+if TYPE_CHECKING:
+    from vgf_fast.kernels.flow_step import FlowOutput, Select, TDTarget
+    from vgf_fast.kernels.packing import PackedMLP, Stack
+    from vgf_fast.policy import VGFPolicy
+
+
+def stack(module: EnsembleMLP | VelocityField) -> Stack:
+    """A network's parameters as the kernels take them."""
+    from vgf_fast.kernels.packing import Stack
+
+    return Stack(*module.stacked(), module.observation_dim, module.action_dim)
+
+
+class Packed(NamedTuple):
+    """A policy's networks packed for the kernels."""
+
+    critic: PackedMLP
+    behavior: PackedMLP | None  # None for the Gaussian behaviour model
+    target_critic: PackedMLP | None  # None for acting
+
+
+def pack(policy: VGFPolicy, dtype: torch.dtype, target: bool = False) -> Packed:
+    """Pack critic, velocity field and, if ``target``, the target critic: one launch."""
+    from vgf_fast.kernels.packing import pack_many
+
+    modules: list[EnsembleMLP | VelocityField] = [policy.critic]
+    if isinstance(policy.behavior, VelocityField):
+        modules.append(policy.behavior)
+    if target:
+        modules.append(policy.target_critic)
+    packed = list(pack_many([stack(module) for module in modules], dtype))
+    return Packed(
+        packed.pop(0),
+        packed.pop(0) if isinstance(policy.behavior, VelocityField) else None,
+        packed.pop(0) if target else None,
+    )
+
+
+def draw_particles(policy: VGFPolicy, packed: Packed, observations: Tensor, noise: Tensor) -> Tensor:
+    """Particles of the behaviour model: observations [B, O], noise [B, N, A] -> [B, N, A] float32."""
+    behavior = policy.behavior
+    if isinstance(behavior, GaussianBehavior):
+        mean = reference.mlp_forward(behavior.stacked().detach(), observations).squeeze(0).to(noise.dtype)
+        return reference.gaussian_sample(mean, behavior.log_std.detach().to(noise.dtype), noise, behavior.tanh)
+    from vgf_fast.kernels.behavior_flow import behavior_flow
+
+    assert packed.behavior is not None
+    return behavior_flow(packed.behavior, observations, noise, policy.config.behavior_steps)
+
+
+def flow(
+    policy: VGFPolicy,
+    packed: Packed,
+    observations: Tensor,
+    particles: Tensor,
+    budget: TransportBudget,
+    epilogue: Select | TDTarget,
+) -> FlowOutput:
+    """Move particles by the critic, and end in a choice by it, or in the target by the target critic."""
+    from vgf_fast.kernels.flow_step import value_gradient_flow
+
+    config = policy.config
+    return value_gradient_flow(
+        packed.critic,
+        observations,
+        particles,
+        budget.steps,
+        budget.step_size,
+        budget.temperature,
+        config.flow_q_aggregation,
+        config.bandwidth_gradient,
+        config.repulsion,
+        config.particle_optimizer,
+        evaluator=packed.target_critic,
+        epilogue=epilogue,
+    )
+
+
+@torch.no_grad()
+def act(
+    policy: VGFPolicy,
+    observations: Tensor,
+    noise: Tensor,
+    budget: TransportBudget,
+    selection: str,
+    uniform: Tensor | None,
+) -> Tensor:
+    """Actions [B, A] float32 at observations [B, O] from noise [B, N, A]; ``uniform`` [B] unless ``selection`` is max.
+
+    L + 5 launches with the flow behaviour model: weights, two shares of states, behaviour flow, L + 1 flow steps.
+    """
+    from vgf_fast.kernels.flow_step import Select
+
+    config = policy.config
+    packed = pack(policy, policy.dtype)
+    particles = draw_particles(policy, packed, observations, noise)
+    choice = Select(selection, config.selection_temperature, uniform, config.target_q_aggregation)
+    chosen = flow(policy, packed, observations, particles, budget, choice).chosen
+    assert chosen is not None
+    return chosen
+
+
+class Target(NamedTuple):
+    """TD target of a batch, and the particles it came from."""
+
+    target: Tensor  # [B]
+    drawn: Tensor  # [B, N, A]
+    moved: Tensor  # [B, N, A]
+
+
+@torch.no_grad()
+def td_target(
+    policy: VGFPolicy,
+    packed: Packed,
+    data: dict[str, Tensor],
+    noise: Tensor,
+    discount: float,
+    reduce: str,
+) -> Target:
+    """Particles of the next states, moved by the critic within the training budget and valued by the target critic."""
+    from vgf_fast.kernels.flow_step import TDTarget
+
+    config = policy.config
+    drawn = draw_particles(policy, packed, data["next_observations"], noise)
+    epilogue = TDTarget(data["rewards"], data["masks"], discount, config.target_q_aggregation, reduce)
+    moved = flow(policy, packed, data["next_observations"], drawn, config.train_budget, epilogue)
+    assert moved.chosen is not None
+    return Target(moved.chosen, drawn, moved.particles)
