@@ -394,7 +394,7 @@ def _run(
     layout: Layout,
     batch: Batch,
     config: launch.BlockLaunch,
-    precision: str,
+    precision: str | None,
     loss: str = "none",
     weight: float = 0.0,
     saved: Pass | None = None,
@@ -487,7 +487,7 @@ def _run(
             INPUT_GRADIENT=input_gradient,
             COUNT=steps is not None,
             BLOCK_R=min(config.block_k, layout.padded_action),
-            PRECISION=precision,
+            PRECISION=precision or launch.precision(mlp.dtype),
             **config.options(),
         )
     return saved
@@ -522,22 +522,26 @@ def _mlp_forward(
     loss: str,
     weight: float,
     dtype: torch.dtype,
-    precision: str,
+    precision: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [], out [E, B, OUT], d loss / d out, then what the backward pass reads."""
     launch.check_device("actions", actions)
     stack = _stack(parameters, layer_norm, activation, observations.shape[1], actions.shape[1])
     layout, batch = stack.layout, Batch(observations, actions, time, None, target)
     sizes = packing.buffer_sizes([layout])
-    matrices = torch.empty(sizes[0], dtype=dtype, device=actions.device)
-    vectors = torch.empty(sizes[1], dtype=torch.float32, device=actions.device)
+    # Zeros, as what pads the buffers is returned with them.
+    matrices = torch.zeros(sizes[0], dtype=dtype, device=actions.device)
+    vectors = torch.zeros(sizes[1], dtype=torch.float32, device=actions.device)
     mlp = packing.views([layout], [activation], matrices, vectors)[0]
     packing.pack_many([stack], dtype, [mlp])
     config = launch.training_block(layout.padded_width, dtype, backward=False)
     if len(actions) == 0:
         return (*_fake_forward(layout, actions, config, dtype, loss), matrices, vectors)
     result = _run(mlp, layout, batch, config, precision, loss, weight)
-    value = result.losses[..., 0].sum() / (len(actions) * layout.output_dim)
+    result.left[-launch.GRADIENT_TILE :].zero_()
+    value = actions.new_zeros(())
+    if loss != "none":
+        value = result.losses[..., 0].sum() / (len(actions) * layout.output_dim)
     return value, result.out, result.dout, result.left, result.z, matrices, vectors
 
 
@@ -568,7 +572,7 @@ def _(
     loss: str,
     weight: float,
     dtype: torch.dtype,
-    precision: str,
+    precision: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     layout = _stack(parameters, layer_norm, activation, observations.shape[1], actions.shape[1]).layout
     sizes = packing.buffer_sizes([layout])
@@ -593,7 +597,7 @@ def _mlp_backward(
     widths: list[int],
     layer_norm: bool,
     activation: str,
-    precision: str,
+    precision: str | None,
     input_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of all parameters one after another, and of the inputs [B, inputs] if asked."""
@@ -608,7 +612,7 @@ def _mlp_backward(
     result = _run(
         mlp,
         layout,
-        Batch(observations, actions, actions if layout.time else None),
+        Batch(observations, actions),
         config,
         precision,
         saved=saved,
@@ -617,7 +621,7 @@ def _mlp_backward(
     )
     extents = _extents(layout, len(actions), config)
     gradients = optimizer.weight_gradients(extents, left, result.right, result.sums, precision)
-    return gradients, result.dx.sum(dim=0)
+    return gradients, result.dx.sum(dim=0) if input_gradient else result.dx
 
 
 def _layout_of(
@@ -648,7 +652,7 @@ def _(
     widths: list[int],
     layer_norm: bool,
     activation: str,
-    precision: str,
+    precision: str | None,
     input_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     layout = _layout_of(dout, observations, actions, inputs, widths, layer_norm)
@@ -728,7 +732,7 @@ def _mlp_training_step_(
     weight: float,
     learning_rate: float,
     tau: float,
-    precision: str,
+    precision: str | None,
 ) -> Tensor:
     launch.check_device("actions", actions)
     layout = _stack(parameters, layer_norm, activation, observations.shape[1], actions.shape[1]).layout
@@ -765,7 +769,7 @@ def _(
     weight: float,
     learning_rate: float,
     tau: float,
-    precision: str,
+    precision: str | None,
 ) -> Tensor:
     return actions.new_empty(3)
 
@@ -834,7 +838,6 @@ def mlp(
     a GPU. Two launches forward, two backward. Raises ``ValueError`` naming what is wrong.
     """
     _check(stack, Batch(observations, actions, time), "none", 0.0)
-    precision = precision or launch.precision(dtype)
     parameters = list(stack.parameters)
     flags = (bool(stack.norm_scales), stack.activation, "none", 0.0, dtype, precision)
     return _mlp_forward(observations, actions, time, None, parameters, *flags)[1]
@@ -857,7 +860,6 @@ def mlp_loss(
     formulas at the top. The loss and its derivative come from the forward launch.
     """
     _check(stack, Batch(observations, actions, time, None, target), loss, weight)
-    precision = precision or launch.precision(dtype)
     parameters = list(stack.parameters)
     flags = (bool(stack.norm_scales), stack.activation, loss, float(weight), dtype, precision)
     value, out = _mlp_forward(observations, actions, time, target, parameters, *flags)[:2]
@@ -915,5 +917,5 @@ def training_step_(
         float(weight),
         state.learning_rate,
         float(tau),
-        precision or launch.precision(packed.dtype),
+        precision,
     )

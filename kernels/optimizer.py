@@ -297,7 +297,7 @@ def weight_gradients(
     left: Tensor,
     right: Tensor,
     sums: Tensor,
-    precision: str,
+    precision: str | None = None,
     config: launch.GradientLaunch | None = None,
 ) -> Tensor:
     """Gradients of all parameters, one after another in the order of ``Stack.parameters``: float32, one launch."""
@@ -329,7 +329,7 @@ def weight_gradients(
             tau=0.0,
             ADAM=False,
             POLYAK=False,
-            PRECISION=precision,
+            PRECISION=precision or launch.precision(left.dtype),
             **config.options(),
         )
     return gradients
@@ -412,7 +412,7 @@ def adam_step_(
     targets: Sequence[Tensor],
     tau: float,
     batch: int,
-    precision: str,
+    precision: str | None = None,
     config: launch.GradientLaunch | None = None,
 ) -> Tensor:
     """Gradients, step of Adam and Polyak average in one launch; the step counters already count this step.
@@ -450,7 +450,7 @@ def adam_step_(
             tau=tau,
             ADAM=True,
             POLYAK=len(targets) > 0,
-            PRECISION=precision,
+            PRECISION=precision or launch.precision(left.dtype),
             **config.options(),
         )
     return metrics

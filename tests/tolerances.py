@@ -23,6 +23,10 @@ BOUNDS = {
     "critic_value": {F32: 2e-6},
     "critic_score": {F32: 4e-6},
     "behavior_flow": {F32: 2e-6},
+    "training_loss": {F32: 1e-6},
+    "training_gradient": {F32: 4e-6},
+    # Relative to the step: Adam divides by the root of a gradient's square, however small.
+    "adam_step": {F32: 1e-4},
     "flow_step": {F32: 1e-5},
     # Against the release's float64 run: its networks rounded to float32.
     "release_score": {F32: 1e-5},
