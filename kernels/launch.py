@@ -155,9 +155,7 @@ def state_share(padded_width: int) -> ShareLaunch:
 
 
 @functools.cache
-def training_block(
-    padded_width: int, dtype: torch.dtype, backward: bool = True, amd: bool = torch.version.hip is not None
-) -> BlockLaunch:
+def training_block(padded_width: int, dtype: torch.dtype, backward: bool = True, amd: bool = False) -> BlockLaunch:
     """Configuration of a launch of training, with a backward pass or not, for weights of a padded width and dtype.
 
     32 rows, so that a batch of 256 and two members give 16 programs: fewer rows read the weights more often.

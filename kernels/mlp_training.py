@@ -385,6 +385,10 @@ def _empty(size: int | Sequence[int], dtype: torch.dtype, device: torch.device, 
     return torch.empty(size if wanted else 0, dtype=dtype, device=device)
 
 
+def _config(layout: Layout, dtype: torch.dtype, backward: bool = True) -> launch.BlockLaunch:
+    return launch.training_block(layout.padded_width, dtype, backward, amd=torch.version.hip is not None)
+
+
 def _extents(layout: Layout, batch: int, config: launch.BlockLaunch) -> optimizer.Extents:
     return optimizer.Extents(layout, -(-batch // config.block_m), config.block_m)
 
@@ -534,7 +538,7 @@ def _mlp_forward(
     vectors = torch.zeros(sizes[1], dtype=torch.float32, device=actions.device)
     mlp = packing.views([layout], [activation], matrices, vectors)[0]
     packing.pack_many([stack], dtype, [mlp])
-    config = launch.training_block(layout.padded_width, dtype, backward=False)
+    config = _config(layout, dtype, backward=False)
     if len(actions) == 0:
         return (*_fake_forward(layout, actions, config, dtype, loss), matrices, vectors)
     result = _run(mlp, layout, batch, config, precision, loss, weight)
@@ -576,7 +580,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     layout = _stack(parameters, layer_norm, activation, observations.shape[1], actions.shape[1]).layout
     sizes = packing.buffer_sizes([layout])
-    config = launch.training_block(layout.padded_width, dtype, backward=False)
+    config = _config(layout, dtype, backward=False)
     return (
         *_fake_forward(layout, actions, config, dtype, loss),
         actions.new_empty(sizes[0], dtype=dtype),
@@ -602,7 +606,7 @@ def _mlp_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of all parameters one after another, and of the inputs [B, inputs] if asked."""
     layout = _layout_of(dout, observations, actions, inputs, widths, layer_norm)
-    config = launch.training_block(layout.padded_width, matrices.dtype)
+    config = _config(layout, matrices.dtype)
     if len(actions) == 0:
         size = sum(math.prod(shape) for shape in optimizer.parameter_shapes(layout))
         return dout.new_zeros(size), dout.new_zeros((0, inputs) if input_gradient else 0)
@@ -739,7 +743,7 @@ def _mlp_training_step_(
     state, action, time_row, hidden, head, vectors, head_bias, widths = packed
     sizes = (layout.observation_dim, layout.action_dim, layout.output_dim, layout.layer_norm, activation)
     mlp = PackedMLP(state, action, time_row, hidden, head, vectors, head_bias, widths, *sizes)
-    config = launch.training_block(layout.padded_width, mlp.dtype)
+    config = _config(layout, mlp.dtype)
     batch = Batch(observations, actions, time, noise, target)
     counters = optimizer.step_table(steps)
     result = _run(mlp, layout, batch, config, precision, loss, weight, backward=True, steps=counters)
