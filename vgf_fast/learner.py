@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vgf_fast import checkpoints, functional, reference
+from vgf_fast import checkpoints, functional, fused, reference
 from vgf_fast.config import TrainConfig, VGFConfig
 from vgf_fast.functional import Backend
-from vgf_fast.networks import EnsembleMLP, VelocityField
+from vgf_fast.networks import VelocityField
 from vgf_fast.policy import VGFPolicy
 from vgf_fast.progress import progress_bar
 from vgf_fast.reference import MLPWeights
 
 if TYPE_CHECKING:
     from vgf_fast.data.dataset import Dataset
-    from vgf_fast.kernels.packing import Stack
 
 LEARNER_FILE = "learner.safetensors"
 BATCH_FIELDS = ("observations", "actions", "next_observations", "rewards", "masks")
@@ -72,18 +71,24 @@ class Learner:
         ``check=False`` skips looking at the values of a batch known to be finite, such as a ``Dataset``'s.
         Raises ``ValueError`` or ``TypeError`` naming the field that is wrong; then nothing was changed.
         """
-        policy, config = self.policy, self.config
         data = self._batch(batch, check)
         draws = self._noise(noise, len(data["rewards"]))
+        metrics = self._update(data, draws)
+        self.step += 1
+        return metrics
+
+    def _update(self, data: dict[str, Tensor], draws: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One update from checked tensors; on the Triton backend nothing in it waits for the device."""
+        if self._kernels():
+            return self._kernel_update(data, draws)
+        policy, config = self.policy, self.config
         critic, target_critic, behavior = (
             self._compute_weights(module.stacked()) for module in (policy.critic, policy.target_critic, policy.behavior)
         )
-
-        drawn = policy.draw_particles(data["next_observations"], draws["particles"], behavior.detach())
-        moved = policy.flow_particles(
-            data["next_observations"], drawn, policy.config.train_budget, critic.detach(), evaluate=False
-        ).particles
-        next_q = reference.CriticAtStates(target_critic, data["next_observations"]).values(moved)
+        states = data["next_observations"]
+        drawn = policy.draw_particles(states, draws["particles"], behavior.detach())
+        moved = policy.flow_particles(states, drawn, policy.config.train_budget, critic.detach(), evaluate=False)
+        next_q = reference.CriticAtStates(target_critic, states).values(moved.particles)
         target = functional.td_target(
             next_q,
             data["rewards"],
@@ -93,17 +98,20 @@ class Learner:
             config.target_reduce,
             backend=policy.backend,
         )
+        q = reference.member_values(critic, data["observations"], data["actions"])
+        losses = self._plain_step(self._critic_loss(q, target), q, self._behavior_loss(behavior, data, draws), target)
+        return losses | _particle_metrics(drawn, moved.particles)
 
-        kernels = self._kernels()
-        if kernels and self.fused_optimizer:
-            losses = self._fused_step(data, draws, target)
+    def _kernel_update(self, data: dict[str, Tensor], draws: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The update in Triton kernels."""
+        config = self.config
+        packed = fused.pack(self.policy, self._compute_dtype(), target=True)
+        found = fused.td_target(self.policy, packed, data, draws["particles"], config.discount, config.target_reduce)
+        if self.fused_optimizer:
+            losses = self._fused_step(packed, data, draws, found.target)
         else:
-            losses = self._plain_step(data, draws, target, critic, behavior, kernels)
-        self.step += 1
-        return losses | {
-            "bc_flow_var": _particle_variance(drawn),
-            "vgf_var": _particle_variance(moved),
-        }
+            losses = self._plain_step(*self._kernel_losses(data, draws, found.target), found.target)
+        return losses | _particle_metrics(found.drawn, found.moved)
 
     def _kernels(self) -> bool:
         """Whether losses and gradients run in the Triton kernels."""
@@ -116,22 +124,8 @@ class Learner:
         exact = policy.device.type == "cuda" or self.config.precision == "float32"
         return backend == "triton" and exact and max(widths) <= functional.MAX_KERNEL_WIDTH
 
-    def _plain_step(
-        self,
-        data: dict[str, Tensor],
-        draws: dict[str, Tensor],
-        target: Tensor,
-        critic: MLPWeights,
-        behavior: MLPWeights,
-        kernels: bool,
-    ) -> dict[str, Tensor]:
-        """Losses and their gradients, then PyTorch's optimiser."""
-        if kernels:
-            critic_loss, q, behavior_loss = self._kernel_losses(data, draws, target, behavior)
-        else:
-            q = reference.member_values(critic, data["observations"], data["actions"])
-            critic_loss = self._critic_loss(q, target)
-            behavior_loss = self._behavior_loss(behavior, data, draws)
+    def _plain_step(self, critic_loss: Tensor, q: Tensor, behavior_loss: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Gradients of the losses, the target critic, then PyTorch's optimiser."""
         for optimizer in self._optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         (critic_loss + behavior_loss).backward()
@@ -148,7 +142,7 @@ class Learner:
         }
 
     def _kernel_losses(
-        self, data: dict[str, Tensor], draws: dict[str, Tensor], target: Tensor, behavior: MLPWeights
+        self, data: dict[str, Tensor], draws: dict[str, Tensor], target: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The critic's loss and values [E, B], and the behaviour model's loss; differentiable."""
         from vgf_fast.kernels import mlp_training
@@ -157,42 +151,41 @@ class Learner:
         loss, weight = self._kernel_loss()
         dtype = self._compute_dtype()
         critic_loss, q = mlp_training.mlp_loss(
-            _stack(self.policy.critic), states, actions, target.unsqueeze(1), loss, weight, dtype=dtype
+            fused.stack(self.policy.critic), states, actions, target.unsqueeze(1), loss, weight, dtype=dtype
         )
         if isinstance(self.policy.behavior, VelocityField):
             x, velocity = reference.flow_matching_inputs(actions, draws["bc_x0"], draws["bc_t"])
-            stack, time = _stack(self.policy.behavior), draws["bc_t"]
+            stack, time = fused.stack(self.policy.behavior), draws["bc_t"]
             behavior_loss, _ = mlp_training.mlp_loss(stack, states, x, velocity, time=time, dtype=dtype)
         else:
-            behavior_loss = self._behavior_loss(behavior, data, draws)
+            behavior_loss = self._behavior_loss(self._compute_weights(self.policy.behavior.stacked()), data, draws)
         return critic_loss, q.squeeze(2), behavior_loss
 
     @torch.no_grad()
-    def _fused_step(self, data: dict[str, Tensor], draws: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:
-        """Losses, gradients, Adam and the target critic in two launches a network, after one that packs weights."""
-        from vgf_fast.kernels import packing
+    def _fused_step(
+        self, packed: fused.Packed, data: dict[str, Tensor], draws: dict[str, Tensor], target: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses, gradients, Adam and the target critic in two launches a network."""
         from vgf_fast.kernels.mlp_training import Batch, training_step_
 
         policy, config = self.policy, self.config
         states, actions = data["observations"], data["actions"]
-        stacks = [_stack(policy.critic)]
-        if isinstance(policy.behavior, VelocityField):
-            stacks.append(_stack(policy.behavior))
-        packed = packing.pack_many(stacks, self._compute_dtype())
         loss, weight = self._kernel_loss()
         critic_loss, q_mean, target_mean = training_step_(
-            stacks[0],
-            packed[0],
+            fused.stack(policy.critic),
+            packed.critic,
             Batch(states, actions, target=target.unsqueeze(1)),
             self._optimizers["critic"],
             loss,
             weight,
-            _stack(policy.target_critic).parameters,
+            fused.stack(policy.target_critic).parameters,
             config.tau,
         ).unbind()
-        if len(stacks) == 2:
+        if isinstance(policy.behavior, VelocityField):
+            assert packed.behavior is not None
             batch = Batch(states, actions, draws["bc_t"], draws["bc_x0"])
-            behavior_loss = training_step_(stacks[1], packed[1], batch, self._optimizers["behavior"])[0]
+            stack = fused.stack(policy.behavior)
+            behavior_loss = training_step_(stack, packed.behavior, batch, self._optimizers["behavior"])[0]
         else:
             behavior_loss = self._torch_behavior_step(data, draws)
         return {
@@ -436,13 +429,6 @@ class Learner:
         return learner
 
 
-def _stack(module: EnsembleMLP | VelocityField) -> Stack:
-    """A network's parameters as the kernels take them."""
-    from vgf_fast.kernels.packing import Stack
-
-    return Stack(*module.stacked(), module.observation_dim, module.action_dim)
-
-
 @contextlib.contextmanager
 def _interrupt_afterwards() -> Iterator[None]:
     """Hold back a Ctrl-C until the block is done, where Python's own handler would raise it in the middle."""
@@ -465,6 +451,10 @@ def _interrupt_afterwards() -> Iterator[None]:
 def _first_row(marked: Tensor) -> int:
     """Index of the first row of ``marked`` that holds a True."""
     return int(marked.reshape(len(marked), -1).any(dim=1).nonzero()[0].item())
+
+
+def _particle_metrics(drawn: Tensor, moved: Tensor) -> dict[str, Tensor]:
+    return {"bc_flow_var": _particle_variance(drawn), "vgf_var": _particle_variance(moved)}
 
 
 def _particle_variance(particles: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+"""CUDA graphs: a sequence of launches recorded once and replayed as one, at fixed addresses."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+class Capture(NamedTuple):
+    """A recorded function: write its ``inputs``, ``replay``, read its ``outputs``, which the next replay overwrites."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    replay: Callable[[], None]
+
+
+def capture(function: Function, inputs: tuple[Tensor, ...], generators: Sequence[torch.Generator]) -> Capture:
+    """Record ``function(*inputs)`` without running it; what it draws from ``generators`` every replay draws anew."""
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        outputs = function(*inputs)
+    return Capture(inputs, outputs, graph.replay)
+
+
+class GraphCache:
+    """The captures of one piece of work, by key: whatever the recorded launches depend on besides their inputs.
+
+    A key must hold the addresses of all tensors that are read but are no inputs, and all numbers baked into launches.
+    The first call of a key runs the function itself, which compiles kernels and fills caches; the second records it. A
+    function that cannot be recorded is run as it is from then on, and one line says so.
+    """
+
+    def __init__(self, work: str, limit: int = 16) -> None:
+        self.work = work
+        self.limit = limit
+        self.impossible = False
+        self._captures: OrderedDict[Hashable, Capture | None] = OrderedDict()
+
+    def get(
+        self,
+        key: Hashable,
+        function: Function,
+        make_inputs: Callable[[], tuple[Tensor, ...]],
+        generators: Sequence[torch.Generator] = (),
+    ) -> Capture | None:
+        """The capture for ``key``, or None: then call the function itself, this time.
+
+        ``make_inputs`` allocates the inputs' fixed memory.
+        """
+        if self.impossible:
+            return None
+        if key not in self._captures:
+            self._captures[key] = None
+            while len(self._captures) > self.limit:
+                self._captures.popitem(last=False)
+            return None
+        self._captures.move_to_end(key)
+        found = self._captures[key]
+        if found is None:
+            try:
+                found = self._captures[key] = capture(function, make_inputs(), generators)
+            except Exception as error:
+                # Whatever the driver or a library objects to, the work itself can be done without a graph.
+                self.impossible = True
+                self._captures.clear()
+                logger.warning("%s runs without a CUDA graph: %s", self.work, repr(error).splitlines()[0])
+        return found
+
+
+def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Where tensors lie, as part of a key."""
+    return tuple(tensor.data_ptr() for tensor in tensors)
