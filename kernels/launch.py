@@ -126,7 +126,8 @@ def rows_block(particles: int, padded_width: int, dtype: torch.dtype) -> BlockLa
     narrow = dtype.itemsize == 2
     block_n = min((256 if narrow else 128) * 64 // block_m, padded_width)
     block_k = min(64 if narrow else 32, padded_width)
-    return BlockLaunch(block_m, block_n, block_k, min(block_m, 8192 // padded_width), 8, 2)
+    # A warp a row: its reductions need no other warp.
+    return BlockLaunch(block_m, block_n, block_k, min(block_m, max(4096 // padded_width, 8)), 8, 2)
 
 
 @dataclass(frozen=True)

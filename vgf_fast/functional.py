@@ -45,7 +45,9 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _kernel_obstacle(device: torch.device, particles: int, action_dim: int, dtype: torch.dtype) -> str | None:
+def _kernel_obstacle(
+    device: torch.device, particles: int, action_dim: int, dtype: torch.dtype, width: int
+) -> str | None:
     """Why the Triton kernels cannot take such tensors, or None."""
     if not triton_installed():
         return "Triton is not installed: pip install 'vgf_fast[triton]'"
@@ -55,6 +57,8 @@ def _kernel_obstacle(device: torch.device, particles: int, action_dim: int, dtyp
         return f"particles is {particles}, the kernels' limit is {MAX_KERNEL_PARTICLES}"
     if action_dim > MAX_KERNEL_ACTION_DIM:
         return f"the action dimension is {action_dim}, the kernels' limit is {MAX_KERNEL_ACTION_DIM}"
+    if width > MAX_KERNEL_WIDTH:
+        return f"the widest hidden layer has {width} units, the kernels' limit is {MAX_KERNEL_WIDTH}"
     if dtype not in _KERNEL_DTYPES:
         return f"the particles are {dtype}, the kernels take float32, bfloat16 and float16"
     return None
@@ -65,8 +69,10 @@ def _say_fallback(obstacle: str) -> None:
     logger.warning("backend='auto' uses torch: %s", obstacle)
 
 
-def resolve_backend(backend: str, device: torch.device, particles: int, action_dim: int, dtype: torch.dtype) -> str:
-    """ "triton" or "torch" for tensors of this kind.
+def resolve_backend(
+    backend: str, device: torch.device, particles: int, action_dim: int, dtype: torch.dtype, width: int = 0
+) -> str:
+    """ "triton" or "torch" for tensors of this kind, and networks whose widest hidden layer has ``width`` units.
 
     Raises ``ValueError`` for an unknown backend, and for "triton" where its kernels cannot run, naming the limit.
     """
@@ -74,7 +80,7 @@ def resolve_backend(backend: str, device: torch.device, particles: int, action_d
         raise ValueError(f"backend is {backend!r}, expected 'auto', 'triton' or 'torch'")
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
         return "torch"
-    obstacle = _kernel_obstacle(device, particles, action_dim, dtype)
+    obstacle = _kernel_obstacle(device, particles, action_dim, dtype, width)
     if obstacle is None:
         return "triton"
     if backend == "triton":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from vgf_fast import reference
+from vgf_fast import functional, reference
 from vgf_fast.config import TransportBudget
 from vgf_fast.networks import EnsembleMLP, GaussianBehavior, VelocityField
 
@@ -19,6 +19,20 @@ if TYPE_CHECKING:
     from vgf_fast.kernels.flow_step import FlowOutput, Select, TDTarget
     from vgf_fast.kernels.packing import PackedMLP, Stack
     from vgf_fast.policy import VGFPolicy
+
+
+def runs(policy: VGFPolicy, dtype: torch.dtype) -> bool:
+    """Whether all of it runs in the Triton kernels for such a policy, with products of operands of ``dtype``.
+
+    Raises ``ValueError`` naming the limit where ``policy.backend`` is "triton" and they cannot. In the interpreter,
+    where products of bfloat16 are wrong, they are PyTorch's.
+    """
+    config = policy.config
+    width = max(*config.hidden_dims, *config.behavior_hidden_dims)
+    backend = functional.resolve_backend(
+        policy.backend, policy.device, config.particles, config.action_dim, policy.particle_dtype, width
+    )
+    return backend == "triton" and (policy.device.type == "cuda" or dtype == torch.float32)
 
 
 def stack(module: EnsembleMLP | VelocityField) -> Stack:

@@ -47,6 +47,13 @@ class GraphCache:
         self.impossible = False
         self._captures: OrderedDict[Hashable, Capture | None] = OrderedDict()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> GraphCache:
+        """Of no use to a copy, whose tensors lie elsewhere: an empty cache."""
+        return GraphCache(self.work, self.limit)
+
+    def __reduce__(self) -> tuple[type[GraphCache], tuple[str, int]]:
+        return GraphCache, (self.work, self.limit)
+
     def get(
         self,
         key: Hashable,

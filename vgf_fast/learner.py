@@ -79,7 +79,7 @@ class Learner:
 
     def _update(self, data: dict[str, Tensor], draws: dict[str, Tensor]) -> dict[str, Tensor]:
         """One update from checked tensors; on the Triton backend nothing in it waits for the device."""
-        if self._kernels():
+        if fused.runs(self.policy, self._compute_dtype()):
             return self._kernel_update(data, draws)
         policy, config = self.policy, self.config
         critic, target_critic, behavior = (
@@ -112,17 +112,6 @@ class Learner:
         else:
             losses = self._plain_step(*self._kernel_losses(data, draws, found.target), found.target)
         return losses | _particle_metrics(found.drawn, found.moved)
-
-    def _kernels(self) -> bool:
-        """Whether losses and gradients run in the Triton kernels."""
-        policy, config = self.policy, self.policy.config
-        backend = functional.resolve_backend(
-            policy.backend, policy.device, config.particles, config.action_dim, policy.dtype
-        )
-        widths = (*config.hidden_dims, *config.behavior_hidden_dims)
-        # Products of bfloat16 are wrong in the interpreter.
-        exact = policy.device.type == "cuda" or self.config.precision == "float32"
-        return backend == "triton" and exact and max(widths) <= functional.MAX_KERNEL_WIDTH
 
     def _plain_step(self, critic_loss: Tensor, q: Tensor, behavior_loss: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Gradients of the losses, the target critic, then PyTorch's optimiser."""
@@ -249,10 +238,10 @@ class Learner:
                 row = _first_row(~torch.isfinite(tensor))
                 raise ValueError(f"batch[{name!r}] has NaN or infinity in row {row}, expected finite numbers")
             data[name] = tensor
-        outside = data["actions"].abs() > 1.0
-        if check and outside.device.type == "cpu" and outside.any():
-            row = _first_row(outside)
-            raise ValueError(f"batch['actions'] leaves [-1, 1] in row {row}: {data['actions'][row].tolist()}")
+        actions = data["actions"]
+        if check and actions.device.type == "cpu" and (actions.abs() > 1.0).any():
+            row = _first_row(actions.abs() > 1.0)
+            raise ValueError(f"batch['actions'] leaves [-1, 1] in row {row}: {actions[row].tolist()}")
         return data
 
     def _tensor(self, name: str, value: Any, shape: tuple[int, ...]) -> Tensor:

@@ -13,14 +13,16 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from vgf_fast import checkpoints, functional, reference
+from vgf_fast import checkpoints, functional, fused, graphs, reference
 from vgf_fast.config import TransportBudget, VGFConfig, config_from_reference
 from vgf_fast.functional import Backend
+from vgf_fast.graphs import GraphCache
 from vgf_fast.networks import EnsembleMLP, GaussianBehavior, VelocityField
 from vgf_fast.reference import FlowResult, MLPWeights
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+MAX_GRAPH_STATES = 4096  # of a CUDA graph for acting; larger batches keep the GPU busy without
 
 
 class VGFPolicy(nn.Module):
@@ -28,7 +30,7 @@ class VGFPolicy(nn.Module):
 
     ``config`` says what is computed, ``device`` where (default: the CPU), ``backend`` how (``vgf_fast.functional``).
     ``seed`` fixes the initial weights and the policy's own random numbers. Move and cast it as any ``nn.Module``;
-    particles stay float32 at least.
+    particles stay float32 at least. ``cuda_graph`` replays acting as a CUDA graph where the kernels run on a GPU.
     """
 
     def __init__(
@@ -37,6 +39,8 @@ class VGFPolicy(nn.Module):
         device: str | torch.device | None = None,
         backend: Backend = "auto",
         seed: int = 0,
+        *,
+        cuda_graph: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(config, VGFConfig):
@@ -44,6 +48,8 @@ class VGFPolicy(nn.Module):
         self.config = config
         self.backend: Backend = backend
         self.seed = seed
+        self.cuda_graph = cuda_graph
+        self._graphs = GraphCache("acting")
         init = torch.Generator().manual_seed(seed)
         sizes = (config.observation_dim, config.action_dim)
         self.critic = EnsembleMLP(
@@ -63,7 +69,7 @@ class VGFPolicy(nn.Module):
         self._generator: torch.Generator | None = None
         if device is not None:
             self.to(device)
-        functional.resolve_backend(backend, self.device, config.particles, config.action_dim, torch.float32)
+        fused.runs(self, self.dtype)
 
     # --- what a caller may ask --------------------------------------------------------------------------------------
 
@@ -111,19 +117,52 @@ class VGFPolicy(nn.Module):
         states, single = self._states(observations)
         budget = self._test_budget(flow_steps)
         generator = generator or self.generator
-        x = self.draw_particles(states, self._noise(noise, len(states), single, generator))
+        selection = selection or self.config.selection
+        start = self._noise(noise, len(states), single, generator)
+        if fused.runs(self, self.dtype):
+            action = self._act_in_kernels(states, start, budget, selection, generator)
+            return action.squeeze(0) if single else action
+        x = self.draw_particles(states, start)
         result = self.flow_particles(states, x, budget)
         assert result.q is not None
         values = reference.aggregate(result.q, self.config.target_q_aggregation)
         action, _ = functional.select_particle(
             result.particles,
             values,
-            selection or self.config.selection,
+            selection,
             self.config.selection_temperature,
             generator,
             backend=self.backend,
         )
         return action.squeeze(0) if single else action
+
+    def _act_in_kernels(
+        self, states: Tensor, noise: Tensor, budget: TransportBudget, selection: str, generator: torch.Generator
+    ) -> Tensor:
+        uniform = None
+        if selection != "max":
+            uniform = torch.rand(len(states), device=self.device, dtype=torch.float32, generator=generator)
+        inputs = (states, noise) if uniform is None else (states, noise, uniform)
+
+        def act(*tensors: Tensor) -> tuple[Tensor, ...]:
+            states, noise, *drawn = tensors
+            return (fused.act(self, states, noise, budget, selection, drawn[0] if drawn else None),)
+
+        batch = len(states)
+        bucket = 1 << (batch - 1).bit_length()
+        capture = None
+        if self.cuda_graph and self.device.type == "cuda" and bucket <= MAX_GRAPH_STATES:
+            capture = self._graphs.get(
+                (bucket, budget, selection, states.dtype, self.config, graphs.addresses(list(self.parameters()))),
+                act,
+                lambda: tuple(torch.zeros((bucket, *t.shape[1:]), dtype=t.dtype, device=t.device) for t in inputs),
+            )
+        if capture is None:
+            return act(*inputs)[0]
+        for target, source in zip(capture.inputs, inputs, strict=True):
+            target[:batch].copy_(source)
+        capture.replay()
+        return capture.outputs[0][:batch].clone()
 
     def predict(
         self,

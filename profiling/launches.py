@@ -1,0 +1,149 @@
+"""How many kernels a piece of work launches, counted without a GPU.
+
+    TRITON_INTERPRET=1 python -m profiling.launches
+
+Triton's launches are counted where they are made, and not made; PyTorch's are the operators its profiler sees that have
+no operator below them and do more than describe memory. On a GPU each of them is one launch or more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+PREFIX = "triton::"
+# Leaves that launch nothing: they allocate, or look at memory in another way.
+VIEWS = "alias as_strided detach expand permute reshape select slice split squeeze t transpose unbind unsqueeze view"
+MEMORY = "empty empty_like empty_strided new_empty new_empty_strided resize_ set_"
+OTHERS = "_reshape_alias _unsafe_view lift_fresh narrow promote_types resolve_conj result_type split_with_sizes to"
+FREE = {f"aten::{name}" for names in (VIEWS, MEMORY, OTHERS) for name in names.split()}
+# One launch on a GPU, whatever they are made of on the CPU.
+WHOLE = {"aten::mean"}
+
+
+class Launches(NamedTuple):
+    """Launches by name."""
+
+    triton: Counter[str]
+    torch: Counter[str]
+
+    @property
+    def total(self) -> int:
+        """Of both."""
+        return self.triton.total() + self.torch.total()
+
+
+@contextlib.contextmanager
+def _without_launching() -> Iterator[None]:
+    """Every Triton launch becomes a named range, and is not made."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        with record_function(PREFIX + self.fn.__name__):
+            pass
+
+    with mock.patch.object(InterpretedFunction, "run", run), mock.patch.object(JITFunction, "run", run):
+        yield
+
+
+def _is_inside(event: Any, names: set[str]) -> bool:
+    parent = event.cpu_parent
+    return parent is not None and (parent.name in names or _is_inside(parent, names))
+
+
+def count(function: Callable[[], object]) -> Launches:
+    """Call ``function`` and count what it launches; what Triton's kernels would have written stays unwritten."""
+    with _without_launching(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+        function()
+    launches = Launches(Counter(), Counter())
+    for event in profiled.events():
+        if event.name.startswith(PREFIX):
+            launches.triton[event.name.removeprefix(PREFIX)] += 1
+        elif event.name.startswith("aten::") and event.name not in FREE and not _is_inside(event, WHOLE):
+            below = [child for child in event.cpu_children if child.name.startswith("aten::")]
+            if event.name in WHOLE or all(child.name in FREE for child in below):
+                launches.torch[event.name.removeprefix("aten::")] += 1
+    return launches
+
+
+def paper_policy(backend: str = "triton") -> Any:
+    """A policy of the paper's sizes."""
+    from vgf_fast import VGFConfig, VGFPolicy
+
+    return VGFPolicy(VGFConfig(observation_dim=29, action_dim=8), backend=backend)  # type: ignore[arg-type]
+
+
+def paper_dataset() -> Any:
+    """Transitions of the paper's sizes; what they say does not matter."""
+    from vgf_fast.data.dataset import Dataset
+
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1000, 29, generator=generator)
+    return Dataset.from_arrays(
+        observations=states,
+        actions=torch.rand(1000, 8, generator=generator) * 2.0 - 1.0,
+        next_observations=states.roll(-1, 0),
+        rewards=torch.zeros(1000),
+        masks=torch.ones(1000),
+    )
+
+
+def update_launches(backend: str = "triton") -> Launches:
+    """Of one update of a batch of 256, drawn from a dataset; the first one, which fills caches, is not counted."""
+    from vgf_fast import Learner
+
+    learner, dataset = Learner(paper_policy(backend)), paper_dataset()
+
+    def update() -> None:
+        learner.update(dataset.sample(256, learner.generator), check=False)
+
+    count(update)
+    return count(update)
+
+
+def act_launches(batch: int = 256, backend: str = "triton") -> Launches:
+    """Of actions for ``batch`` states that lie on the device, with the noise drawn."""
+    policy = paper_policy(backend)
+    states = torch.randn(batch, 29)
+
+    def act() -> None:
+        policy.sample_actions(states)
+
+    # Observations are looked at for NaN on the CPU only.
+    with mock.patch.object(torch, "isfinite", return_value=mock.Mock(all=lambda: True)):
+        count(act)
+        return count(act)
+
+
+def eager_update_launches() -> Launches:
+    """Of one update written in plain PyTorch with autograd: what ``profiling.eager`` does."""
+    from profiling import eager
+    from vgf_fast import TrainConfig
+
+    agent, dataset = eager.EagerAgent(paper_policy("torch"), TrainConfig()), paper_dataset()
+    generator = torch.Generator().manual_seed(0)
+    return count(lambda: agent.update(dataset.sample(256, generator)))
+
+
+def main() -> None:
+    """Print the counts at the paper's sizes."""
+    for name, launches in (
+        ("update", update_launches()),
+        ("update, eager PyTorch", eager_update_launches()),
+        ("action of 256 states", act_launches()),
+        ("action of one state", act_launches(1)),
+    ):
+        print(f"{name}: {launches.total} launches")
+        for counter in launches:
+            print("   ", ", ".join(f"{n} {kernel}" for kernel, n in counter.most_common(12)))
+
+
+if __name__ == "__main__":
+    main()

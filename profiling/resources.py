@@ -1,0 +1,302 @@
+"""What the kernels take on each architecture, without a GPU: registers, spills, shared memory, matrix instructions.
+
+    python -m profiling.resources                      # compile everything, print the table
+    python -m profiling.resources --write              # the same, and write profiling/results/resources.json
+    python -m profiling.resources sm_90 --scenario "flow bf16"
+
+The launchers of the library run at real sizes, but every launch is written down instead of made; each is then compiled
+ahead of time for the exact types, constants and options it was made with. The figures are the compiler's, no
+measurement of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+RESULTS = Path(__file__).parent / "results" / "resources.json"
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# Instructions of the matrix unit in each architecture's assembly, and those of its full rate.
+MATRIX_INSTRUCTIONS = {
+    "sm_80": r"\bHMMA",
+    "sm_90": r"\bHG?MMA",
+    "sm_100": r"\b(HMMA|UTC\w*MMA)",
+    "gfx942": r"\bv_mfma",
+}
+FULL_RATE = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTC\w*MMA", "gfx942": r"\bv_mfma"}
+OBSERVATION_DIM, ACTION_DIM, WIDTHS, MEMBERS = 29, 8, (512, 512, 512, 512), 2
+BATCH, PARTICLES, BEHAVIOR_STEPS, FLOW_STEPS = 256, 10, 10, 5
+
+
+class Launch(NamedTuple):
+    """One launch as it would have been made."""
+
+    kernel: Any  # triton's JITFunction
+    signature: dict[str, str]  # argument -> type
+    constants: dict[str, Any]  # arguments known when compiling
+    aligned: tuple[str, ...]  # arguments known to be divisible by 16
+    options: dict[str, Any]  # warps, stages
+
+    @property
+    def key(self) -> str:
+        """Equal for equal machine code."""
+        return repr((self.kernel.__name__, self.signature, sorted(self.constants.items()), self.aligned, self.options))
+
+
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_cooperative_grid", "maxnreg")
+
+
+def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """The launch as Triton's own dispatch would specialise it."""
+    import triton
+
+    names = [parameter.name for parameter in kernel.params]
+    values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: list[str] = []
+    for parameter in kernel.params:
+        name = parameter.name
+        value = values.get(name, parameter.default)
+        is_free = not parameter.do_not_specialize
+        is_one = is_free and isinstance(value, int) and value == 1
+        if parameter.is_constexpr or value is None or is_one:
+            signature[name], constants[name] = "constexpr", value
+        elif torch.is_tensor(value):
+            signature[name] = "*" + triton.runtime.jit.type_canonicalisation_dict[str(value.dtype).split(".")[-1]]
+            if value.data_ptr() % 16 == 0:
+                aligned.append(name)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if is_free and value % 16 == 0:
+                aligned.append(name)
+    options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
+    return Launch(kernel, signature, constants, tuple(aligned), options)
+
+
+@contextlib.contextmanager
+def recorded(amd: bool = False) -> Iterator[list[Launch]]:
+    """While it lasts, kernels are not launched but listed, and launchers take tensors on the CPU for the GPU's."""
+    import triton
+    from vgf_fast.kernels import launch
+
+    launches: list[Launch] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(_describe(self, args, kwargs))
+
+    with (
+        mock.patch.object(triton.runtime.jit.JITFunction, "run", run),
+        mock.patch.object(launch, "interpreted", return_value=True),
+        mock.patch.object(launch, "precision", return_value="tf32"),
+        mock.patch.object(torch.version, "hip", "6.0" if amd else None),
+    ):
+        yield launches
+
+
+# --- what is launched ------------------------------------------------------------------------------------------------
+
+
+def _policy(**overrides: Any) -> Any:
+    from vgf_fast import VGFConfig, VGFPolicy
+
+    return VGFPolicy(VGFConfig(OBSERVATION_DIM, ACTION_DIM, **overrides), seed=0)
+
+
+def _packed(module: Any, dtype: torch.dtype) -> Any:
+    from vgf_fast.kernels import packing
+
+    groups = [[tensor.detach() for tensor in group] for group in module.stacked()[:4]]
+    return packing.pack(*groups, module.activation, OBSERVATION_DIM, ACTION_DIM, dtype)
+
+
+def flow(dtype: torch.dtype, particles: int = PARTICLES, bandwidth_gradient: bool = False) -> None:
+    """Particles drawn, moved, chosen, and the TD target of others."""
+    from vgf_fast.kernels import behavior_flow, critic, flow_step
+
+    policy = _policy()
+    states, noise = torch.zeros(BATCH, OBSERVATION_DIM), torch.zeros(BATCH, particles, ACTION_DIM)
+    rewards = torch.zeros(BATCH)
+    online, velocity = _packed(policy.critic, dtype), _packed(policy.behavior, dtype)
+    behavior_flow.behavior_flow(velocity, states, noise, BEHAVIOR_STEPS)
+    budget = (2, 0.1, 0.1, "mean", bandwidth_gradient)
+    for epilogue in (flow_step.Select(), flow_step.TDTarget(rewards, rewards, 0.99)):
+        flow_step.value_gradient_flow(online, states, noise, *budget, epilogue=epilogue)
+    critic.values_and_score(online, states, noise)
+
+
+def particle_step(dtype: torch.dtype) -> None:
+    """The SVGD kernels by themselves, and the reductions over particles and members."""
+    from vgf_fast.kernels import selection, svgd
+
+    for particles, gradient in ((10, True), (10, False), (40, True), (128, False)):
+        x = torch.zeros(BATCH, particles, ACTION_DIM, dtype=dtype)
+        m = torch.zeros(BATCH, particles, ACTION_DIM)
+        svgd.svgd_step_(x, x.clone(), m, m.clone(), 1, 0.1, 0.1, gradient)
+        svgd.svgd_direction(x, x, 0.1, gradient)
+    q = torch.zeros(MEMBERS, BATCH, PARTICLES, dtype=dtype)
+    x = torch.zeros(BATCH, PARTICLES, ACTION_DIM, dtype=dtype)
+    uniform = torch.zeros(BATCH)
+    selection.aggregate(q, "min")
+    selection.select_particle(x, q[0], "max", 1.0, None)
+    selection.select_particle(x, q[0], "softmax", 1.0, uniform)
+    selection.td_target(q, uniform, uniform, 0.99, "min", "mean")
+    selection.td_target(q, uniform, uniform, 0.99, "mean", "max")
+
+
+def training(dtype: torch.dtype) -> None:
+    """Weights packed; a training step of the critic and of the velocity field; gradients by themselves."""
+    from vgf_fast.kernels import mlp_training, packing
+
+    policy = _policy()
+    states, actions = torch.zeros(BATCH, OBSERVATION_DIM), torch.zeros(BATCH, ACTION_DIM)
+    time, target = torch.zeros(BATCH, 1), torch.zeros(BATCH, 1)
+    stacks = []
+    for module in (policy.critic, policy.behavior):
+        groups = [list(group) for group in module.stacked()[:4]]
+        stacks.append(packing.Stack(*groups, module.activation, OBSERVATION_DIM, ACTION_DIM))
+    packed = packing.pack_many(stacks, dtype)
+    targets = [torch.zeros_like(parameter) for parameter in stacks[0].parameters]
+    batches = (
+        mlp_training.Batch(states, actions, None, None, target),
+        mlp_training.Batch(states, actions, time, actions, None),
+    )
+    for stack, weights, batch, polyak in zip(stacks, packed, batches, (targets, ()), strict=True):
+        adam = torch.optim.Adam(list(stack.parameters), lr=3e-4)
+        mlp_training.training_step_(stack, weights, batch, adam, targets=polyak, tau=0.005)
+    loss, _ = mlp_training.mlp_loss(stacks[0], states, actions, target, dtype=dtype)
+    loss.backward()
+
+
+SCENARIOS: dict[str, tuple[Callable[[], None], bool]] = {
+    # name: what to run, and whether it is of the paper's sizes, where nothing may spill
+    "flow bf16": (lambda: flow(torch.bfloat16), True),
+    "flow tf32": (lambda: flow(torch.float32), True),
+    "flow bf16, median differentiated": (lambda: flow(torch.bfloat16, bandwidth_gradient=True), True),
+    "flow bf16, 128 particles": (lambda: flow(torch.bfloat16, 128), False),
+    "training bf16": (lambda: training(torch.bfloat16), True),
+    "training tf32": (lambda: training(torch.float32), True),
+    "particles float32": (lambda: particle_step(torch.float32), True),
+    "particles bf16": (lambda: particle_step(torch.bfloat16), True),
+}
+
+
+# --- compiling -------------------------------------------------------------------------------------------------------
+
+
+def compile_launch(launch: Launch, target: str) -> Any:
+    """Machine code of a launch for an architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+    names = launch.kernel.arg_names
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
+    return triton.compile(source, target=gpu, options=launch.options)
+
+
+def _dump(cubin: bytes, option: str) -> str:
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(compiled: Any, target: str) -> dict[str, int]:
+    """Registers a thread, bytes spilled, bytes of shared memory, and matrix instructions of machine code."""
+    if target.startswith("gfx"):
+        assembly = compiled.asm["amdgcn"]
+        keys = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+        found = {key: int(re.search(rf"\.{key}:\s+(\d+)", assembly).group(1)) for key in keys}  # type: ignore[union-attr]
+        registers = found["vgpr_count"]
+        spilled = found["private_segment_fixed_size"] + found["vgpr_spill_count"]
+    else:
+        cubin = compiled.asm["cubin"]
+        report = _dump(cubin, "--dump-resource-usage")
+        registers, stack, local = (
+            int(re.search(rf"{key}:(\d+)", report).group(1))  # type: ignore[union-attr]
+            for key in ("REG", "STACK", "LOCAL")
+        )
+        spilled, assembly = stack + local, _dump(cubin, "-sass")
+    return {
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "shared_bytes": compiled.metadata.shared,
+        "matrix_instructions": len(re.findall(MATRIX_INSTRUCTIONS[target], assembly)),
+        "full_rate": len(re.findall(FULL_RATE[target], assembly)),
+    }
+
+
+def rows(targets: tuple[str, ...] = TARGETS, scenarios: tuple[str, ...] = tuple(SCENARIOS)) -> Iterator[dict[str, Any]]:
+    """One row a distinct kernel of a scenario and an architecture, in a fixed order."""
+    for target in targets:
+        seen: set[str] = set()
+        for name, (make, is_paper_size) in SCENARIOS.items():
+            if name not in scenarios:
+                continue
+            with recorded(amd=target.startswith("gfx")) as launches:
+                make()
+            for launch in launches:
+                if launch.key in seen:
+                    continue
+                seen.add(launch.key)
+                flags = {
+                    key: value
+                    for key, value in launch.constants.items()
+                    if key.isupper() and isinstance(value, (bool, str)) and value not in (False, "")
+                }
+                yield {
+                    "target": target,
+                    "scenario": name,
+                    "kernel": launch.kernel.__name__,
+                    "flags": " ".join(key if value is True else f"{key}={value}" for key, value in flags.items()),
+                    "num_warps": launch.options.get("num_warps", 4),
+                    "paper_size": is_paper_size,
+                    "has_product": "PRECISION" in launch.constants,
+                    **resources(compile_launch(launch, target), target),
+                }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print one JSON object a line, or with ``--write`` the file."""
+    parser = argparse.ArgumentParser(prog="python -m profiling.resources", description=__doc__)
+    parser.add_argument("targets", nargs="*", default=list(TARGETS), metavar="target", help=" ".join(TARGETS))
+    parser.add_argument("--scenario", action="append", choices=SCENARIOS, help="only this one; may be repeated")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    arguments = parser.parse_args(argv)
+    unknown = [target for target in arguments.targets if target not in TARGETS]
+    if unknown:
+        parser.error(f"unknown target {', '.join(unknown)}: expected some of {', '.join(TARGETS)}")
+    import triton
+
+    table = []
+    for row in rows(tuple(arguments.targets), tuple(arguments.scenario or SCENARIOS)):
+        print(json.dumps(row), flush=True)
+        table.append(row)
+    if arguments.write:
+        body = ",\n".join(json.dumps(row) for row in table)
+        RESULTS.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{body}\n]}}\n', encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
