@@ -28,6 +28,76 @@ from .particles import bandwidth_term, direction, rbf_kernel, squared_distances
 BETA1, BETA2, EPS = tl.constexpr(0.9), tl.constexpr(0.999), tl.constexpr(1e-8)
 
 
+# --- device helper ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def move_state(
+    x_ptr: tl.tensor,  # [N, A] particles of the state, any strides, written
+    score_ptr: tl.tensor,  # [N, A], any strides
+    m_ptr: tl.tensor,  # [N, A] float32 first moment, any strides, written; unused by ascent
+    v_ptr: tl.tensor,  # [N, A] float32 second moment, any strides, written; unused by ascent
+    stride_xn: tl.tensor,
+    stride_xa: tl.tensor,
+    stride_gn: tl.tensor,
+    stride_ga: tl.tensor,
+    stride_mn: tl.tensor,
+    stride_ma: tl.tensor,
+    stride_vn: tl.tensor,
+    stride_va: tl.tensor,
+    N: tl.tensor,
+    A: tl.tensor,
+    log_n1: tl.tensor,
+    inverse_temperature: tl.tensor,
+    step_size: tl.tensor,  # divided by the first moment's bias correction if ADAM
+    v_correction: tl.tensor,  # 1 - BETA2^step
+    low: tl.tensor,
+    high: tl.tensor,
+    BANDWIDTH_GRADIENT: tl.constexpr,
+    REPULSION: tl.constexpr,
+    ADAM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    UNROLL: tl.constexpr,
+    PAIRED: tl.constexpr,
+) -> None:
+    """Move the particles of one state along phi by one step of Adam or of plain ascent, then clip to [low, high]."""
+    offs_n = tl.arange(0, BLOCK_N)
+    in_n = offs_n < N
+    # Padding reads the last particle or column again: its kernel entries are zero and it is not stored.
+    safe_n = tl.minimum(offs_n, N - 1)
+    offs_x = safe_n * stride_xn
+    offs_g = safe_n * stride_gn
+    distances = squared_distances(x_ptr, offs_x, stride_xa, N, A, BLOCK_N, UNROLL, PAIRED)
+    kernel, gamma, slope, row_a, column_a, row_b, column_b = rbf_kernel(
+        distances, N, log_n1, BLOCK_N, BANDWIDTH_GRADIENT
+    )
+    for first in range(0, A, BLOCK_C):
+        offs_c = first + tl.arange(0, BLOCK_C)
+        safe_c = tl.minimum(offs_c, A - 1)
+        is_real = in_n[:, None] & (offs_c < A)[None, :]
+        x_ptrs = x_ptr + (offs_x[:, None] + safe_c[None, :] * stride_xa)  # [BLOCK_N, BLOCK_C]
+        x = tl.load(x_ptrs).to(tl.float32)
+        score = tl.load(score_ptr + (offs_g[:, None] + safe_c[None, :] * stride_ga)).to(tl.float32)
+        phi = direction(kernel, gamma, x, score, inverse_temperature, REPULSION, PAIRED)
+        if BANDWIDTH_GRADIENT:
+            phi += bandwidth_term(x, x_ptr + column_a * stride_xn, safe_c * stride_xa, row_a, slope, BLOCK_N)
+            phi += bandwidth_term(x, x_ptr + column_b * stride_xn, safe_c * stride_xa, row_b, slope, BLOCK_N)
+        phi = tl.div_rn(phi, N.to(tl.float32))
+        if ADAM:
+            m_ptrs = m_ptr + (offs_n[:, None] * stride_mn + offs_c[None, :] * stride_ma)
+            v_ptrs = v_ptr + (offs_n[:, None] * stride_vn + offs_c[None, :] * stride_va)
+            m = BETA1 * tl.load(m_ptrs, mask=is_real, other=0.0) + (1.0 - BETA1) * phi
+            v = BETA2 * tl.load(v_ptrs, mask=is_real, other=0.0) + (1.0 - BETA2) * phi * phi
+            tl.store(m_ptrs, m, mask=is_real)
+            tl.store(v_ptrs, v, mask=is_real)
+            phi = tl.div_rn(m, tl.sqrt_rn(tl.div_rn(v, v_correction)) + EPS)
+        x = tl.clamp(x + step_size * phi, low, high, propagate_nan=tl.PropagateNan.ALL)
+        # Every thread has read these columns of every particle before any is overwritten.
+        tl.debug_barrier()
+        tl.store(x_ptrs, x, mask=is_real)
+
+
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
@@ -121,40 +191,35 @@ def svgd_step_kernel(
     score_ptr += state * stride_gb
     m_ptr += state * stride_mb
     v_ptr += state * stride_vb
-    offs_n = tl.arange(0, BLOCK_N)
-    in_n = offs_n < N
-    # Padding reads the last particle or column again: its kernel entries are zero and it is not stored.
-    safe_n = tl.minimum(offs_n, N - 1)
-    offs_x = safe_n * stride_xn
-    offs_g = safe_n * stride_gn
-    distances = squared_distances(x_ptr, offs_x, stride_xa, N, A, BLOCK_N, UNROLL, PAIRED)
-    kernel, gamma, slope, row_a, column_a, row_b, column_b = rbf_kernel(
-        distances, N, log_n1, BLOCK_N, BANDWIDTH_GRADIENT
+    move_state(
+        x_ptr,
+        score_ptr,
+        m_ptr,
+        v_ptr,
+        stride_xn,
+        stride_xa,
+        stride_gn,
+        stride_ga,
+        stride_mn,
+        stride_ma,
+        stride_vn,
+        stride_va,
+        N,
+        A,
+        log_n1,
+        inverse_temperature,
+        step_size,
+        v_correction,
+        low,
+        high,
+        BANDWIDTH_GRADIENT,
+        REPULSION,
+        ADAM,
+        BLOCK_N,
+        BLOCK_C,
+        UNROLL,
+        PAIRED,
     )
-    for first in range(0, A, BLOCK_C):
-        offs_c = first + tl.arange(0, BLOCK_C)
-        safe_c = tl.minimum(offs_c, A - 1)
-        is_real = in_n[:, None] & (offs_c < A)[None, :]
-        x_ptrs = x_ptr + (offs_x[:, None] + safe_c[None, :] * stride_xa)  # [BLOCK_N, BLOCK_C]
-        x = tl.load(x_ptrs).to(tl.float32)
-        score = tl.load(score_ptr + (offs_g[:, None] + safe_c[None, :] * stride_ga)).to(tl.float32)
-        phi = direction(kernel, gamma, x, score, inverse_temperature, REPULSION, PAIRED)
-        if BANDWIDTH_GRADIENT:
-            phi += bandwidth_term(x, x_ptr + column_a * stride_xn, safe_c * stride_xa, row_a, slope, BLOCK_N)
-            phi += bandwidth_term(x, x_ptr + column_b * stride_xn, safe_c * stride_xa, row_b, slope, BLOCK_N)
-        phi = tl.div_rn(phi, N.to(tl.float32))
-        if ADAM:
-            m_ptrs = m_ptr + (offs_n[:, None] * stride_mn + offs_c[None, :] * stride_ma)
-            v_ptrs = v_ptr + (offs_n[:, None] * stride_vn + offs_c[None, :] * stride_va)
-            m = BETA1 * tl.load(m_ptrs, mask=is_real, other=0.0) + (1.0 - BETA1) * phi
-            v = BETA2 * tl.load(v_ptrs, mask=is_real, other=0.0) + (1.0 - BETA2) * phi * phi
-            tl.store(m_ptrs, m, mask=is_real)
-            tl.store(v_ptrs, v, mask=is_real)
-            phi = tl.div_rn(m, tl.sqrt_rn(tl.div_rn(v, v_correction)) + EPS)
-        x = tl.clamp(x + step_size * phi, low, high, propagate_nan=tl.PropagateNan.ALL)
-        # Every thread has read these columns of every particle before any is overwritten.
-        tl.debug_barrier()
-        tl.store(x_ptrs, x, mask=is_real)
 
 
 # --- launchers and registered ops ------------------------------------------------------------------------------------
