@@ -16,6 +16,7 @@ from torch import Tensor
 from vgf_fast import checkpoints, functional, fused, reference
 from vgf_fast.config import TrainConfig, VGFConfig
 from vgf_fast.functional import Backend
+from vgf_fast.graphs import GraphCache, addresses
 from vgf_fast.networks import VelocityField
 from vgf_fast.policy import VGFPolicy
 from vgf_fast.progress import progress_bar
@@ -26,16 +27,26 @@ if TYPE_CHECKING:
 
 LEARNER_FILE = "learner.safetensors"
 BATCH_FIELDS = ("observations", "actions", "next_observations", "rewards", "masks")
+METRICS = ("critic_loss", "bc_loss", "q_mean", "target_mean", "bc_flow_var", "vgf_var")
+UPDATES_A_REPLAY = 10  # of a CUDA graph: what the host does between replays is then a tenth an update
 
 
 class Learner:
     """Trains a policy in place. Every random number comes from ``learner.generator``, seeded with ``config.seed``.
 
     On the Triton backend losses, gradients, optimiser and target critic run in its kernels; ``fused_optimizer=False``
-    leaves the optimiser's step and the target critic to PyTorch.
+    leaves the optimiser's step and the target critic to PyTorch. ``cuda_graph`` lets ``fit`` replay whole updates,
+    batch and noise included, as a CUDA graph where the kernels run on a GPU; the numbers are the same without.
     """
 
-    def __init__(self, policy: VGFPolicy, config: TrainConfig | None = None, *, fused_optimizer: bool = True) -> None:
+    def __init__(
+        self,
+        policy: VGFPolicy,
+        config: TrainConfig | None = None,
+        *,
+        fused_optimizer: bool = True,
+        cuda_graph: bool = True,
+    ) -> None:
         config = TrainConfig() if config is None else config
         if not isinstance(policy, VGFPolicy):
             raise TypeError(f"policy is a {type(policy).__name__}, expected a VGFPolicy")
@@ -49,6 +60,8 @@ class Learner:
         self.policy = policy
         self.config = config
         self.fused_optimizer = fused_optimizer
+        self.cuda_graph = cuda_graph
+        self._graphs = GraphCache("training")
         self.step = 0
         self.generator = torch.Generator(policy.device).manual_seed(config.seed)
         rates = (config.critic_learning_rate, config.behavior_learning_rate)
@@ -319,9 +332,14 @@ class Learner:
         try:
             with progress_bar("training", total=steps, enabled=progress) as advance:
                 while self.step < end:
+                    left = [end - self.step, log_interval - self.step % log_interval]
+                    if eval_env is not None:
+                        left.append(eval_interval - self.step % eval_interval)
+                    if checkpoint_dir is not None:
+                        left.append(checkpoint_interval - self.step % checkpoint_interval)
+                    before = self.step
                     with _interrupt_afterwards():
-                        batch = dataset.sample(self.config.batch_size, self.generator)
-                        metrics = self.update(batch, check=False)
+                        metrics = self._updates(dataset, min(left))
                     last = self.step == end
                     if self.step % log_interval == 0 or last:
                         log({"step": self.step, **{name: value.item() for name, value in metrics.items()}})
@@ -335,12 +353,53 @@ class Learner:
                     if checkpoint_dir is not None and (self.step % checkpoint_interval == 0 or last):
                         self.save(checkpoint_dir)
                         saved_at = self.step
-                    advance()
+                    advance(self.step - before)
         except KeyboardInterrupt:
             if checkpoint_dir is not None and saved_at != self.step:
                 self.save(checkpoint_dir)
             raise
         return records
+
+    def _updates(self, dataset: Dataset, limit: int) -> dict[str, Tensor]:
+        """At least one and at most ``limit`` updates on batches of a dataset; the metrics of the last one."""
+        size = self.config.batch_size
+
+        def one() -> dict[str, Tensor]:
+            data = self._batch(dataset.sample(size, self.generator), check=False)
+            return self._update(data, self._noise(None, size))
+
+        count = UPDATES_A_REPLAY if limit >= UPDATES_A_REPLAY else 1
+
+        def several() -> tuple[Tensor, ...]:
+            for _ in range(count):
+                metrics = one()
+            return (torch.stack([metrics[name].reshape(()) for name in METRICS]),)
+
+        if not (self._can_capture() and dataset.device == self.policy.device):
+            metrics = one()
+            self.step += 1
+            return metrics
+        # Everything that the recorded launches read or write lies where it lay, and no number in them has changed.
+        state = [tensor for optimizer in self._optimizers.values() for tensor in _tensors(optimizer)]
+        rates = tuple(group["lr"] for optimizer in self._optimizers.values() for group in optimizer.param_groups)
+        key = (count, dataset.fingerprint, rates, self.fused_optimizer, addresses([*self.policy.parameters(), *state]))
+        capture = self._graphs.get(key, several, tuple, [self.generator])
+        if capture is None:
+            values = several()[0]
+        else:
+            capture.replay()
+            values = capture.outputs[0].clone()
+        self.step += count
+        return dict(zip(METRICS, values.unbind(), strict=True))
+
+    def _can_capture(self) -> bool:
+        return (
+            self.cuda_graph
+            and self.policy.device.type == "cuda"
+            and self.fused_optimizer
+            and self.policy.config.behavior == "flow"
+            and fused.runs(self.policy, self._compute_dtype())
+        )
 
     def _evaluate(
         self, make_env: Callable[[], Any], episodes: int, flow_steps: Sequence[int], num_envs: int
@@ -440,6 +499,13 @@ def _interrupt_afterwards() -> Iterator[None]:
 def _first_row(marked: Tensor) -> int:
     """Index of the first row of ``marked`` that holds a True."""
     return int(marked.reshape(len(marked), -1).any(dim=1).nonzero()[0].item())
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Moments and step counters, in the order of the parameters."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield from (value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor))
 
 
 def _particle_metrics(drawn: Tensor, moved: Tensor) -> dict[str, Tensor]:

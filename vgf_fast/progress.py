@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def progress_bar(label: str, total: int, enabled: bool = True) -> Iterator[Callable[[], None]]:
-    """Yield a function that advances the bar by one; it does nothing when standard error is not a terminal."""
+def progress_bar(label: str, total: int, enabled: bool = True) -> Iterator[Callable[..., None]]:
+    """Yield a function that advances the bar, by one unless told; it does nothing off a terminal (standard error)."""
     try:
         from rich.console import Console
     except ImportError:
         enabled = False
     if not (enabled and Console(stderr=True).is_terminal):
-        yield lambda: None
+        yield lambda steps=1: None
         return
     from rich.progress import (
         BarColumn,
@@ -36,4 +36,4 @@ def progress_bar(label: str, total: int, enabled: bool = True) -> Iterator[Calla
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda: bar.advance(task)
+        yield lambda steps=1: bar.advance(task, steps)

@@ -252,6 +252,11 @@ class Dataset:
         )
 
     @property
+    def fingerprint(self) -> tuple[int, int, torch.dtype]:
+        """Where the transitions lie, how many and of what dtype: what work recorded on them depends on."""
+        return self._storage.data_ptr(), self.size, self.dtype
+
+    @property
     def size(self) -> int:
         """Number of transitions, M."""
         return self._storage.shape[0]

@@ -1,0 +1,172 @@
+"""CUDA graphs: what is recorded, when it is recorded anew, and what happens where recording fails.
+
+Where there is no GPU a recording is a function that runs again: keys, fixed memory and chunks are tested all the same.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import vgf_fast as vgf
+import vgf_fast.learner
+from vgf_fast import graphs
+from vgf_fast.data.dataset import Dataset
+
+pytest.importorskip("triton")
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CONFIG = vgf.VGFConfig(
+    4,
+    2,
+    hidden_dims=(16,),
+    behavior_hidden_dims=(16,),
+    particles=3,
+    behavior_steps=2,
+    train_budget=vgf.TransportBudget(1),
+    test_budget=vgf.TransportBudget(1),
+)
+TRAIN = vgf.TrainConfig(batch_size=4)
+
+
+def fake_capture(function, inputs, generators):
+    """Runs the function at every replay, into the memory of fixed outputs."""
+    outputs: list[torch.Tensor] = []
+
+    def replay():
+        results = function(*inputs)
+        if not outputs:
+            outputs.extend(torch.zeros_like(result) for result in results)
+        for target, result in zip(outputs, results, strict=True):
+            target.copy_(result)
+
+    return graphs.Capture(inputs, outputs, replay)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """How often something was recorded, with recordings that need no GPU."""
+    calls = []
+
+    def capture(function, inputs, generators):
+        calls.append(inputs)
+        return fake_capture(function, inputs, generators)
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    return calls
+
+
+@pytest.fixture
+def dataset(device):
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(50, 4, generator=generator)
+    return Dataset.from_arrays(
+        observations=states,
+        actions=torch.rand(50, 2, generator=generator) * 2.0 - 1.0,
+        next_observations=states.roll(-1, 0),
+        rewards=torch.ones(50),
+        masks=torch.ones(50),
+        device=device,
+    )
+
+
+class TestCache:
+    def run(self, cache, key, x):
+        capture = cache.get(key, lambda t: (t + 1.0,), lambda: (torch.zeros_like(x),))
+        if capture is None:
+            return None
+        capture.inputs[0].copy_(x)
+        capture.replay()
+        return capture.outputs[0].clone()
+
+    def test_the_second_call_of_a_key_records(self, recorded):
+        cache, x = graphs.GraphCache("work"), torch.arange(3.0)
+        assert self.run(cache, 1, x) is None
+        assert torch.equal(self.run(cache, 1, x), x + 1.0)
+        assert torch.equal(self.run(cache, 1, 2.0 * x), 2.0 * x + 1.0)
+        assert self.run(cache, 2, x) is None
+        assert len(recorded) == 1
+
+    def test_the_oldest_is_forgotten(self, recorded):
+        cache, x = graphs.GraphCache("work", limit=2), torch.arange(3.0)
+        for key in (1, 1, 2, 2, 1, 3):
+            self.run(cache, key, x)
+        assert self.run(cache, 1, x) is not None
+        assert self.run(cache, 2, x) is None
+
+    def test_failure_is_said_once_and_leaves_no_graph(self, monkeypatch, caplog):
+        def capture(function, inputs, generators):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        monkeypatch.setattr(graphs, "capture", capture)
+        cache, x = graphs.GraphCache("acting"), torch.arange(3.0)
+        assert [self.run(cache, 1, x) for _ in range(4)] == [None] * 4
+        (record,) = caplog.records
+        assert "acting runs without a CUDA graph" in record.message
+        assert "not permitted when stream is capturing" in record.message
+
+    def test_a_copy_is_empty(self, recorded):
+        cache, x = graphs.GraphCache("work", limit=3), torch.arange(3.0)
+        self.run(cache, 1, x)
+        for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+            assert (other.work, other.limit) == ("work", 3)
+            assert self.run(other, 1, x) is None
+
+
+def train(dataset, device, steps, **options):
+    learner = vgf.Learner(vgf.VGFPolicy(CONFIG, device=device, backend="triton"), TRAIN, **options)
+    records = learner.fit(dataset, steps, log_interval=4, progress=False)
+    return learner, records
+
+
+def test_fit_by_replays_gives_the_same(dataset, device, recorded, monkeypatch):
+    monkeypatch.setattr(vgf_fast.learner, "UPDATES_A_REPLAY", 3)
+    plain, plain_records = train(dataset, device, 12, cuda_graph=False)
+    assert recorded == []
+    monkeypatch.setattr(vgf.Learner, "_can_capture", lambda self: True)
+    learner, records = train(dataset, device, 12)
+    # Three at a time and one at a time, to the logs after 4, 8 and 12 updates.
+    assert len(recorded) == 2
+    assert records == plain_records
+    assert [record["step"] for record in records] == [4, 8, 12]
+    assert torch.equal(learner.generator.get_state(), plain.generator.get_state())
+    for ours, theirs in zip(learner.policy.parameters(), plain.policy.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_fit_records_anew_when_something_has_moved(dataset, device, recorded, monkeypatch):
+    monkeypatch.setattr(vgf.Learner, "_can_capture", lambda self: True)
+    learner, _ = train(dataset, device, 3)
+    assert len(recorded) == 1
+    learner.fit(dataset, 2, progress=False)
+    assert len(recorded) == 1
+    weight = learner.policy.critic.weights[0]
+    weight.data = weight.data.clone()
+    learner.fit(dataset, 2, progress=False)
+    assert len(recorded) == 2
+
+
+@needs_gpu
+def test_training_with_and_without_a_graph_is_equal(dataset, device):
+    (graphed, records), (plain, plain_records) = (train(dataset, device, 60, cuda_graph=flag) for flag in (True, False))
+    assert not graphed._graphs.impossible
+    assert records == plain_records
+    for ours, theirs in zip(graphed.policy.parameters(), plain.policy.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@needs_gpu
+@pytest.mark.parametrize("batch", [1, 3, 40])
+@pytest.mark.parametrize("selection", ["max", "softmax"])
+def test_acting_with_and_without_a_graph_is_equal(device, batch, selection):
+    policy = vgf.VGFPolicy(CONFIG, device=device)
+    states = torch.randn(batch, 4, device=device)
+    actions = []
+    for flag in (False, True):
+        policy.cuda_graph = flag
+        generator = torch.Generator(device).manual_seed(0)
+        actions.append([policy.sample_actions(states, generator=generator, selection=selection) for _ in range(4)])
+    assert not policy._graphs.impossible
+    for plain, graphed in zip(*actions, strict=True):
+        assert torch.equal(plain, graphed)
