@@ -12,6 +12,19 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    """On a GPU too, float32 products of the kernels are exact: what tf32 costs has tests of its own."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    from vgf_fast.kernels import launch
+
+    launch.set_float32_precision("ieee")
+    yield
+    launch.set_float32_precision(None)
+
+
 @pytest.fixture
 def device():
     """Where kernels are tested: the GPU, else the CPU under the interpreter."""

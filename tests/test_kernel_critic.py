@@ -4,8 +4,7 @@ import networks
 import oracle
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 from release import FLOWS, load_flow, relative_error
 from tolerances import BOUNDS, F32, assert_accurate
 

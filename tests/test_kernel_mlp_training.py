@@ -6,9 +6,8 @@ import networks
 import oracle
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from launches import count_launches
+from properties import given, settings, st
 from release import relative_error
 from tolerances import BF16, BOUNDS, F32, assert_accurate
 

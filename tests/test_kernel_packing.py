@@ -4,10 +4,9 @@ import functools
 import itertools
 import math
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import strategies as st
+from properties import given, settings, st
 
 pytest.importorskip("triton")
 
@@ -53,8 +52,8 @@ def assert_packed(stack, packed, dtype):
     assert math.log2(packed.padded_width).is_integer()
 
 
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
-@hypothesis.given(
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
     members=st.integers(1, 3),
     observation_dim=st.integers(1, 70),
     action_dim=st.integers(0, 20),

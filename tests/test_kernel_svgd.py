@@ -5,8 +5,7 @@ import math
 import oracle
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from properties import assume, given, settings, st
 from release import FLOWS, load_flow
 from tolerances import BF16, BOUNDS, F16, F32, assert_accurate
 

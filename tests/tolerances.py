@@ -55,3 +55,13 @@ def assert_accurate(name, value, truth, plain, scale):
     assert error <= BOUNDS[name][dtype], f"{name}: error {error:.2e}, bound {BOUNDS[name][dtype]:.2e}"
     limit = 2.0 * plain_error + FLOOR[dtype]
     assert error <= limit, f"{name}: error {error:.2e}, PyTorch's {plain_error:.2e}"
+
+
+def within_twice(value, plain, truth):
+    """Hold a kernel's root mean square error to twice that of PyTorch's operations in the same dtype of products.
+
+    Over many entries, of which the largest error would be a matter of luck.
+    """
+    assert value.shape == plain.shape == truth.shape
+    ours, theirs = ((t.double() - truth).square().mean().sqrt().item() for t in (value, plain))
+    assert ours <= 2.0 * theirs, f"error {ours:.2e}, PyTorch's {theirs:.2e}"

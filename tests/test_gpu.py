@@ -1,0 +1,166 @@
+"""What only a GPU can show: bfloat16 and tf32 on the matrix unit, large shapes, repeatability, graphs, sanitizers."""
+
+import shutil
+import subprocess
+import sys
+
+import networks
+import pytest
+import torch
+from tolerances import within_twice
+
+pytest.importorskip("triton")
+
+from vgf_fast.kernels import behavior_flow, critic, flow_step, launch
+
+import vgf_fast as vgf
+from vgf_fast import reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+WIDTHS = (512, 512, 512, 512)
+DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32}
+
+
+@pytest.fixture(params=list(DTYPES))
+def compute(request):
+    """A dtype of products; PyTorch's own float32 products are tf32 meanwhile."""
+    launch.set_float32_precision("tf32")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield DTYPES[request.param]
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def inputs(batch=256, particles=10):
+    return networks.states_and_actions(batch, particles, 29, 8, seed=1)
+
+
+class TestAccuracy:
+    """Errors against float64, at most twice those of PyTorch's own operations in the same dtype."""
+
+    @pytest.mark.parametrize("aggregation", ["mean", "min"])
+    def test_critic(self, compute, aggregation):
+        module = networks.critic(29, 8, WIDTHS, seed=2)
+        states, actions = inputs()
+        ours = critic.values_and_score(networks.packed(module, compute), states, actions, aggregation)
+        theirs = reference.CriticAtStates(module.stacked().to(compute), states).values_and_score(actions, aggregation)
+        exact = networks.exact(module)
+        truth = reference.CriticAtStates(exact, states.double()).values_and_score(actions.double(), aggregation)
+        for value, plain, right in zip(ours, theirs, truth, strict=True):
+            within_twice(value, plain, right)
+
+    def test_behavior_flow(self, compute):
+        module = networks.velocity(29, 8, WIDTHS, seed=2)
+        states, noise = inputs()
+        ours = behavior_flow.behavior_flow(networks.packed(module, compute), states, noise, 10)
+        theirs = reference.behavior_flow(module.stacked().to(compute), states, noise, 10)
+        truth = reference.behavior_flow(networks.exact(module), states.double(), noise.double(), 10)
+        within_twice(ours, theirs, truth)
+
+    def test_one_flow_step(self, compute):
+        module = networks.critic(29, 8, WIDTHS, seed=2)
+        states, particles = inputs()
+        budget = (1, 0.1, 0.5, "mean", False, True, "ascent")
+        ours = flow_step.value_gradient_flow(networks.packed(module, compute), states, particles, *budget)
+        theirs = reference.value_gradient_flow(module.stacked().to(compute), states, particles, *budget)
+        truth = reference.value_gradient_flow(networks.exact(module), states.double(), particles.double(), *budget)
+        within_twice(ours.particles, theirs.particles, truth.particles)
+        within_twice(ours.q, theirs.q, truth.q)
+
+
+def test_65536_rows(compute):
+    """The same rows in one large batch and in small ones."""
+    module = networks.critic(29, 8, WIDTHS, seed=2)
+    packed = networks.packed(module, compute)
+    states, actions = inputs(6554)
+    q, score = critic.values_and_score(packed, states, actions)
+    for start in (0, 3000, 6500):
+        part = slice(start, start + 54)
+        q_part, score_part = critic.values_and_score(packed, states[part], actions[part])
+        assert torch.equal(q[:, part], q_part)
+        assert torch.equal(score[part], score_part)
+
+
+def test_peak_memory_of_65536_rows():
+    """Beyond inputs and outputs at most a tenth of what eager autograd takes."""
+    module = networks.critic(29, 8, WIDTHS, seed=2)
+    packed = networks.packed(module, torch.bfloat16)
+    states, actions = inputs(6554)
+
+    def peak(function):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = function()
+        torch.cuda.synchronize()
+        kept = sum(t.numel() * t.element_size() for t in results)
+        return torch.cuda.max_memory_allocated() - before - kept
+
+    def eager():
+        weights, x = module.stacked().to(torch.bfloat16), actions.clone().requires_grad_()
+        rows = states.repeat_interleave(10, dim=0)
+        q = reference.member_values(weights, rows, x.view(-1, 8))
+        return q, torch.autograd.grad(q.mean(dim=0).sum(), x)[0]
+
+    assert peak(lambda: critic.values_and_score(packed, states, actions)) <= 0.1 * peak(eager)
+
+
+def test_repeated_runs_are_bit_equal(compute):
+    module = networks.critic(29, 8, WIDTHS, seed=2)
+    packed = networks.packed(module, compute)
+    states, particles = inputs()
+    rewards = torch.ones(256, device="cuda")
+    epilogue = flow_step.TDTarget(rewards, rewards, 0.99)
+    runs = [flow_step.value_gradient_flow(packed, states, particles, 5, 0.1, 0.5, epilogue=epilogue) for _ in range(20)]
+    for run in runs[1:]:
+        assert torch.equal(run.particles, runs[0].particles)
+        assert torch.equal(run.chosen, runs[0].chosen)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_as_with_the_torch_backend(precision):
+    """Losses of the first updates; later ones part, as any two roundings do."""
+    config = vgf.VGFConfig(29, 8)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(256, 29, generator=generator).cuda()
+    batch = {
+        "observations": states,
+        "actions": (torch.rand(256, 8, generator=generator) * 2.0 - 1.0).cuda(),
+        "next_observations": states.roll(1, 0),
+        "rewards": torch.ones(256).cuda(),
+        "masks": torch.ones(256).cuda(),
+    }
+    losses = []
+    for backend in ("triton", "torch"):
+        policy = vgf.VGFPolicy(config, device="cuda", backend=backend)
+        learner = vgf.Learner(policy, vgf.TrainConfig(precision=precision))
+        losses.append([learner.update(batch)["critic_loss"].item() for _ in range(5)])
+    bound = {"float32": 1e-3, "bfloat16": 3e-2}[precision]
+    assert losses[0] == pytest.approx(losses[1], rel=bound)
+
+
+SANITIZED = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch, networks
+from vgf_fast.kernels import behavior_flow, critic, flow_step
+states, x = networks.states_and_actions(7, 5, 6, 3)
+packed = networks.packed(networks.critic(6, 3, (32, 32)), torch.bfloat16)
+velocity = networks.packed(networks.velocity(6, 3, (32, 32)), torch.bfloat16)
+x = behavior_flow.behavior_flow(velocity, states, x, 2)
+critic.values_and_score(packed, states, x)
+rewards = torch.ones(7, device="cuda")
+flow_step.value_gradient_flow(packed, states, x, 2, 0.1, 0.5, epilogue=flow_step.TDTarget(rewards, rewards, 0.9))
+flow_step.value_gradient_flow(packed, states, x, 2, 0.1, 0.5, "min", True, epilogue=flow_step.Select())
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer(tool, request):
+    program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed")
+    script = SANITIZED.format(tests=str(request.path.parent))
+    command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
