@@ -190,9 +190,12 @@ def views(
     return tuple(packed)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def width_table(widths: tuple[int, ...], device: torch.device) -> Tensor:
-    """The hidden widths as an int32 tensor on a device; made once, for a copy from the host cannot be captured."""
+    """The hidden widths as an int32 tensor on a device; made once, for a copy from the host cannot be captured.
+
+    Kept for ever: the replays of a captured graph read it, and stacks packed for the same widths share it.
+    """
     return torch.tensor(widths, dtype=torch.int32, device=device)
 
 

@@ -130,11 +130,12 @@ def test_checkpoints_resume_on_either_backend(tmp_path):
                 assert torch.equal(value, expected)
 
 
-def test_networks_too_wide_for_the_kernels_train_in_pytorch():
-    config = dataclasses.replace(CONFIG, hidden_dims=(1030,), particles=2)
-    learner, _ = learners(config)
-    noise = {name: value[:, :2] if value.ndim == 3 else value for name, value in make_noise().items()}
+def test_networks_too_wide_for_the_kernels_are_refused_or_train_in_pytorch():
+    config = dataclasses.replace(CONFIG, hidden_dims=(1025,))
+    with pytest.raises(ValueError, match="the widest hidden layer has 1025 units"):
+        vgf.VGFPolicy(config, backend="triton")
+    learner = vgf.Learner(vgf.VGFPolicy(config), TRAIN)
     with count_launches() as launches:
-        info = learner.update(make_batch(), noise)
-    assert not set(TRAINING) & set(launches)
+        info = learner.update(make_batch(), make_noise())
+    assert launches == []
     assert info["critic_loss"].isfinite()
