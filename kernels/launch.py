@@ -155,17 +155,29 @@ def state_share(padded_width: int) -> ShareLaunch:
     return ShareLaunch(32, min(64, padded_width), 64, 4)
 
 
+@dataclass(frozen=True)
+class TrainingLaunch(BlockLaunch):
+    """Configuration of the kernel of training."""
+
+    gradient_rows: int  # whole rows at a time going backward
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the launch."""
+        return {**super().options(), "GRADIENT_ROWS": self.gradient_rows}
+
+
 @functools.cache
-def training_block(padded_width: int, dtype: torch.dtype, backward: bool = True, amd: bool = False) -> BlockLaunch:
-    """Configuration of a launch of training, with a backward pass or not, for weights of a padded width and dtype.
+def training_block(padded_width: int, dtype: torch.dtype, forward: bool = True, amd: bool = False) -> TrainingLaunch:
+    """Configuration of a launch of training, with a forward pass or not, for weights of a padded width and dtype.
 
     32 rows, so that a batch of 256 and two members give 16 programs: fewer rows read the weights more often.
     """
     narrow = dtype.itemsize == 2
     block_n = min(256 if narrow else 64 if amd else 128, padded_width)
     block_k = min(64 if narrow else 32, padded_width)
-    rows = min(32, (2048 if backward else 4096) // padded_width)
-    return BlockLaunch(32, block_n, block_k, rows, 8, 2 if amd else 3)
+    # A launch that goes backward alone may be one for the inputs' gradients, which takes more registers.
+    gradient_rows = min(32, (4096 if forward and not amd else 2048) // padded_width)
+    return TrainingLaunch(32, block_n, block_k, min(32, 8192 // padded_width), 8, 2 if amd else 3, gradient_rows)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ pytest.importorskip("triton")
 
 from launches import count_launches
 from oracle import nan_filled_empty
-from vgf_fast.kernels import packing
+from vgf_fast.kernels import packing, tables
 
 widths = st.integers(1, 40)
 
@@ -112,3 +113,24 @@ def test_wrong_outputs_are_refused(device):
         packing.pack(*stack, dtype=torch.float64, out=packed)
     with pytest.raises(ValueError, match="out has 1 packed stacks, expected 2"):
         packing.pack_many([stack, stack], out=[packed])
+
+
+def test_tables_are_made_once_and_the_oldest_forgotten(monkeypatch):
+    monkeypatch.setattr(tables, "CACHED_TABLES", 2)
+    monkeypatch.setattr(tables, "_tables", tables.OrderedDict())
+    made = []
+
+    def table(key):
+        return tables.device_table(key, torch.device("cpu"), lambda: made.append(key) or [[key]])
+
+    for key in (1, 2, 1, 3, 1, 2):
+        assert table(key).tolist() == [[key]]
+    assert made == [1, 2, 3, 2]
+
+
+def test_a_table_not_seen_before_cannot_be_captured():
+    with (
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
+        pytest.raises(RuntimeError, match="run it once uncaptured"),
+    ):
+        tables.device_table("unseen", torch.device("cuda", 0), lambda: [[1]])
