@@ -101,7 +101,8 @@ class Learner:
         states = data["next_observations"]
         drawn = policy.draw_particles(states, draws["particles"], behavior.detach())
         moved = policy.flow_particles(states, drawn, policy.config.train_budget, critic.detach(), evaluate=False)
-        next_q = reference.CriticAtStates(target_critic, states).values(moved.particles)
+        rows = drawn.shape[0] * drawn.shape[1]
+        next_q = reference.critic_at_states(target_critic, states, rows, backward=False).values(moved.particles)
         target = functional.td_target(
             next_q,
             data["rewards"],

@@ -17,34 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LAYER_NORM_EPS = 1e-6
+from vgf_fast import blocked
+from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights, activate_, activation_backward
+
 ADAM_BETA1, ADAM_BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 BANDWIDTH_MIN = 1e-12
 GAMMA_EPS = 1e-6
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 BATCHED_ROWS = 64  # up to so many rows the CPU multiplies all members at once
-
-
-class MLPWeights(NamedTuple):
-    """A stack of E perceptrons of one shape: linear, LayerNorm (optional), activation; linear at the end."""
-
-    weights: tuple[Tensor, ...]  # per layer [E, in, out]
-    biases: tuple[Tensor, ...]  # per layer [E, out]
-    norm_scales: tuple[Tensor, ...]  # per hidden layer [E, out]; empty without LayerNorm
-    norm_biases: tuple[Tensor, ...]  # per hidden layer [E, out]; empty without LayerNorm
-    activation: str  # "relu" | "gelu" (tanh approximation) | "swish"
-
-    def to(self, dtype: torch.dtype) -> MLPWeights:
-        """The same weights in another dtype; gradients flow back to these."""
-        return self._map(lambda tensor: tensor.to(dtype))
-
-    def detach(self) -> MLPWeights:
-        """The same weights outside of any autograd graph."""
-        return self._map(Tensor.detach)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> MLPWeights:
-        weights, biases, scales, shifts = (tuple(map(function, group)) for group in self[:4])
-        return MLPWeights(weights, biases, scales, shifts, self.activation)
 
 
 class FlowResult(NamedTuple):
@@ -56,22 +36,6 @@ class FlowResult(NamedTuple):
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
-
-
-def activate_(name: str, y: Tensor) -> Tensor:
-    """The activation of ``y``; relu overwrites its argument, whose sign its derivative can still be read from."""
-    if name == "relu":
-        return y.relu_()
-    return F.silu(y) if name == "swish" else F.gelu(y, approximate="tanh")
-
-
-def activation_backward(name: str, grad: Tensor, y: Tensor) -> Tensor:
-    """``grad`` times the activation's derivative at its input ``y`` (for relu, ``y`` may be its output)."""
-    if name == "relu":
-        return torch.ops.aten.threshold_backward(grad, y, 0)
-    if name == "swish":
-        return torch.ops.aten.silu_backward(grad, y)
-    return torch.ops.aten.gelu_backward(grad, y, approximate="tanh")
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -221,6 +185,19 @@ class CriticAtStates(StackAtStates):
         return q.view(q.shape[0], *actions.shape[:2]).to(torch.promote_types(q.dtype, torch.float32))
 
 
+def critic_at_states(
+    critic: MLPWeights, observations: Tensor, rows: int, backward: bool = True
+) -> CriticAtStates | blocked.BlockedCriticAtStates:
+    """A critic bound to states for about ``rows`` rows in all; ``backward`` if scores are wanted, not values alone.
+
+    Where a CPU multiplies weights faster that are laid out in advance, and the rows are many, they are.
+    """
+    if not blocked.pays(critic, rows):
+        return CriticAtStates(critic, observations)
+    rows = min(rows, blocked.CHUNK_ROWS)
+    return blocked.BlockedCriticAtStates(blocked.block(critic, observations.shape[1], rows, backward), observations)
+
+
 def aggregate(q: Tensor, aggregation: str) -> Tensor:
     """Mean or minimum over members: [E, ...] -> [...]."""
     return q.amin(dim=0) if aggregation == "min" else q.mean(dim=0)
@@ -235,6 +212,11 @@ def behavior_flow(velocity: MLPWeights, observations: Tensor, noise: Tensor, ste
 
     observations [B, O], noise [B, N, A] -> particles [B, N, A] in the dtype of ``noise``.
     """
+    if blocked.pays(velocity, noise.shape[0] * noise.shape[1]):
+        rows = min(noise.shape[0] * noise.shape[1], blocked.CHUNK_ROWS)
+        return blocked.behavior_flow(
+            blocked.block(velocity, observations.shape[1], rows, backward=False), observations, noise, steps
+        )
     field = StackAtStates(velocity, observations)
     action_weight, time_weight = field.rest_weight[:, :-1], field.rest_weight[:, -1:]
     x = noise
@@ -381,7 +363,7 @@ def value_gradient_flow(
 
     ``evaluate`` also returns every member's value at the last particles; ``step_`` is what moves them.
     """
-    at_states = CriticAtStates(critic, observations)
+    at_states = critic_at_states(critic, observations, particles.shape[0] * particles.shape[1], backward=steps > 0)
     x = particles.clone()
     moments = [torch.zeros_like(x), torch.zeros_like(x)] if optimizer == "adam" else [None, None]
     trajectory = [x.clone()] if return_trajectory else []
