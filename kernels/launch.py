@@ -210,7 +210,7 @@ def weight_gradient(dtype: torch.dtype, rows: int) -> GradientLaunch:
 
     Eight entries a thread: Adam's tensors take two 64-bit addresses and a value for each of them.
     """
-    return GradientLaunch(32, GRADIENT_TILE, min(64 if dtype.itemsize == 2 else 32, rows), 8, 3)
+    return GradientLaunch(32, GRADIENT_TILE, min(64 if dtype.itemsize == 2 else 32, rows), 8, 4)
 
 
 AGGREGATE_BLOCK, AGGREGATE_WARPS = 512, 4  # values a program of the elementwise reduction over members
