@@ -172,7 +172,7 @@ class BlockedAtStates:
         """z of member ``e``'s first layer for the states from ``start`` on: rest [b, N, R] -> [b * N, H]."""
         batch, particles, width = rest.shape
         z = rest.reshape(batch * particles, width).to(self.mlp.dtype) @ weight
-        z.view(batch, particles, -1).add_(self.shares[e][start : start + batch].unsqueeze(1))
+        z.view(batch, particles, z.shape[1]).add_(self.shares[e][start : start + batch].unsqueeze(1))
         return z
 
 
