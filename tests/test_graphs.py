@@ -16,7 +16,11 @@ from vgf_fast.data.dataset import Dataset
 
 pytest.importorskip("triton")
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+def needs_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
+
+
 CONFIG = vgf.VGFConfig(
     4,
     2,
@@ -145,6 +149,22 @@ def test_fit_records_anew_when_something_has_moved(dataset, device, recorded, mo
     weight.data = weight.data.clone()
     learner.fit(dataset, 2, progress=False)
     assert len(recorded) == 2
+
+
+def test_updates_by_replays_give_the_same(dataset, device, recorded, monkeypatch):
+    """A batch of the caller's is copied to where the recording reads it; given noise is not recorded."""
+    noise = {"particles": torch.ones(4, 3, 2), "bc_x0": torch.ones(4, 2), "bc_t": torch.full((4, 1), 0.5)}
+    noise = {name: tensor.to(device) for name, tensor in noise.items()}
+    histories = []
+    for flag in (False, True):
+        monkeypatch.setattr(vgf.Learner, "_can_capture", lambda self, flag=flag: flag)
+        learner = vgf.Learner(vgf.VGFPolicy(CONFIG, device=device, backend="triton"), TRAIN)
+        batches = [dataset.take(torch.arange(4) + 4 * i) for i in range(4)]
+        history = [learner.update(batch) for batch in batches] + [learner.update(batches[0], noise)]
+        histories.append([{name: value.item() for name, value in metrics.items()} for metrics in history])
+        assert learner.step == 5
+    assert len(recorded) == 1
+    assert histories[0] == histories[1]
 
 
 @needs_gpu

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,8 @@ class Learner:
     """Trains a policy in place. Every random number comes from ``learner.generator``, seeded with ``config.seed``.
 
     On the Triton backend losses, gradients, optimiser and target critic run in its kernels; ``fused_optimizer=False``
-    leaves the optimiser's step and the target critic to PyTorch. ``cuda_graph`` lets ``fit`` replay whole updates,
-    batch and noise included, as a CUDA graph where the kernels run on a GPU; the numbers are the same without.
+    leaves the optimiser's step and the target critic to PyTorch. ``cuda_graph`` replays updates, in ``fit`` with
+    batch and noise, as a CUDA graph where the kernels run on a GPU; the numbers are the same without.
     """
 
     def __init__(
@@ -85,10 +85,16 @@ class Learner:
         Raises ``ValueError`` or ``TypeError`` naming the field that is wrong; then nothing was changed.
         """
         data = self._batch(batch, check)
-        draws = self._noise(noise, len(data["rewards"]))
-        metrics = self._update(data, draws)
-        self.step += 1
-        return metrics
+        size = len(data["rewards"])
+        if noise is not None:
+            metrics = self._update(data, self._noise(noise, size))
+            self.step += 1
+            return metrics
+
+        def one(*fields: Tensor) -> dict[str, Tensor]:
+            return self._update(dict(zip(BATCH_FIELDS, fields, strict=True)), self._noise(None, size))
+
+        return self._run(one, tuple(data.values()), ("update", size))
 
     def _update(self, data: dict[str, Tensor], draws: dict[str, Tensor]) -> dict[str, Tensor]:
         """One update from checked tensors; on the Triton backend nothing in it waits for the device."""
@@ -369,25 +375,47 @@ class Learner:
             data = self._batch(dataset.sample(size, self.generator), check=False)
             return self._update(data, self._noise(None, size))
 
-        count = UPDATES_A_REPLAY if limit >= UPDATES_A_REPLAY else 1
-
-        def several() -> tuple[Tensor, ...]:
-            for _ in range(count):
-                metrics = one()
-            return (torch.stack([metrics[name].reshape(()) for name in METRICS]),)
-
-        if not (self._can_capture() and dataset.device == self.policy.device):
+        if dataset.device != self.policy.device:
             metrics = one()
             self.step += 1
             return metrics
+        count = UPDATES_A_REPLAY if limit >= UPDATES_A_REPLAY and self._can_capture() else 1
+        return self._run(one, (), ("fit", dataset.fingerprint), count)
+
+    def _run(
+        self,
+        one: Callable[..., dict[str, Tensor]],
+        inputs: tuple[Tensor, ...],
+        work: tuple[Hashable, ...],
+        count: int = 1,
+    ) -> dict[str, Tensor]:
+        """Call ``one(*inputs)``, an update, ``count`` times, by a CUDA graph if possible; the metrics of the last.
+
+        ``work`` says what is called.
+        """
+        if not self._can_capture():
+            for _ in range(count):
+                metrics = one(*inputs)
+            self.step += count
+            return metrics
+
+        def several(*tensors: Tensor) -> tuple[Tensor, ...]:
+            for _ in range(count):
+                metrics = one(*tensors)
+            return (torch.stack([metrics[name].reshape(()) for name in METRICS]),)
+
         # Everything that the recorded launches read or write lies where it lay, and no number in them has changed.
         state = [tensor for optimizer in self._optimizers.values() for tensor in _tensors(optimizer)]
         rates = tuple(group["lr"] for optimizer in self._optimizers.values() for group in optimizer.param_groups)
-        key = (count, dataset.fingerprint, rates, self.fused_optimizer, addresses([*self.policy.parameters(), *state]))
-        capture = self._graphs.get(key, several, tuple, [self.generator])
+        key = (*work, count, rates, addresses([*self.policy.parameters(), *state]))
+        capture = self._graphs.get(
+            key, several, lambda: tuple(torch.empty_like(tensor) for tensor in inputs), [self.generator]
+        )
         if capture is None:
-            values = several()[0]
+            values = several(*inputs)[0]
         else:
+            for target, source in zip(capture.inputs, inputs, strict=True):
+                target.copy_(source)
             capture.replay()
             values = capture.outputs[0].clone()
         self.step += count
