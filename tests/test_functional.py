@@ -2,11 +2,12 @@
 
 import copy
 
+import oracle
 import pytest
 import torch
 
 import vgf_fast as vgf
-from vgf_fast import functional, reference
+from vgf_fast import backends, functional, reference
 from vgf_fast.networks import EnsembleMLP, VelocityField
 
 CRITIC = EnsembleMLP(4, 2, (8,), generator=torch.Generator().manual_seed(0))
@@ -193,7 +194,7 @@ class TestBackends:
     def test_limits_are_named_and_auto_steps_back_to_torch_once(self, particles, width, dtype, message, caplog):
         with pytest.raises(ValueError, match=message):
             functional.resolve_backend("triton", self.CUDA, particles, width, dtype)
-        functional._say_fallback.cache_clear()
+        backends._say_fallback.cache_clear()
         for _ in range(3):
             assert functional.resolve_backend("auto", self.CUDA, particles, width, dtype) == "torch"
         assert [record.message for record in caplog.records if message in record.message] != []
@@ -231,9 +232,106 @@ class TestBackends:
         torch.testing.assert_close(*targets, rtol=1e-4, atol=1e-5)
 
     def test_triton_not_installed(self, monkeypatch):
-        monkeypatch.setattr(functional, "triton_installed", lambda: False)
+        monkeypatch.setattr(backends, "triton_installed", lambda: False)
         with pytest.raises(ValueError, match=r"pip install 'vgf_fast\[triton\]'"):
             functional.resolve_backend("triton", self.CUDA, 10, 8, torch.float32)
+
+    @pytest.mark.parametrize(
+        ("critic", "particles", "message"),
+        [
+            (EnsembleMLP(4, 2, (8,)), torch.zeros(3, 129, 2), "particles is 129, the kernels' limit is 128"),
+            (EnsembleMLP(4, 65, (8,)), torch.zeros(3, 5, 65), "the action dimension is 65, the kernels' limit is 64"),
+            (EnsembleMLP(4, 2, (8, 1025)), PARTICLES, "the widest hidden layer has 1025 units, the kernels' limit is"),
+            (CRITIC, PARTICLES.double(), "the particles are torch.float64"),
+            (copy.deepcopy(CRITIC).double(), PARTICLES, "the weights are torch.float64, the kernels take float32 and"),
+            (copy.deepcopy(CRITIC).half(), PARTICLES, "the weights are torch.float16"),
+        ],
+    )
+    def test_what_the_kernels_cannot_take_is_refused_by_name(self, critic, particles, message, device):
+        states, particles = STATES.to(device), particles.to(device)
+        with pytest.raises(ValueError, match=message):
+            vgf.value_gradient_flow(critic.to(device), states, particles, BUDGET, backend="triton")
+        with pytest.raises(ValueError, match=message):
+            vgf.critic_value_and_score(critic.to(device), states, particles, backend="triton")
+        if device == "cpu":
+            assert vgf.value_gradient_flow(critic, states, particles, BUDGET).particles.shape == particles.shape
+
+    def test_networks_run_in_the_kernels(self, device):
+        from launches import count_launches
+
+        critic, velocity = copy.deepcopy(CRITIC).to(device), copy.deepcopy(VELOCITY).to(device)
+        states, particles = STATES.to(device), PARTICLES.to(device)
+        with count_launches() as launched:
+            vgf.critic_value_and_score(critic, states, particles, backend="triton")
+        assert launched == ["packing_kernel", "state_share_kernel", "critic_kernel", "combine_kernel"]
+        with count_launches() as launched:
+            vgf.behavior_flow(velocity, states, particles, 2, backend="triton")
+        assert launched == ["packing_kernel", "state_share_kernel", "behavior_flow_kernel"]
+        with count_launches() as launched:
+            vgf.value_gradient_flow(critic, states, particles, BUDGET, backend="triton")
+        assert launched == ["packing_kernel", "state_share_kernel"] + 3 * ["flow_step_kernel"]
+
+    @pytest.mark.parametrize("bare", [False, True])
+    @pytest.mark.parametrize("aggregation", ["mean", "min"])
+    def test_kernels_equal_the_torch_backend(self, aggregation, bare, device):
+        critic, velocity = copy.deepcopy(CRITIC).to(device), copy.deepcopy(VELOCITY).to(device)
+        if bare:
+            critic, velocity = critic.stacked(), velocity.stacked()
+        states, particles = STATES.to(device), PARTICLES.to(device)
+        for call in (
+            lambda backend: vgf.critic_value_and_score(critic, states, particles, aggregation, backend=backend),
+            lambda backend: (vgf.behavior_flow(velocity, states, particles, 3, backend=backend),),
+        ):
+            for ours, theirs in zip(call("triton"), call("torch"), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("layout", oracle.LAYOUTS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_layouts_and_dtypes_of_the_input(self, dtype, layout, device):
+        critic, velocity = copy.deepcopy(CRITIC).to(device), copy.deepcopy(VELOCITY).to(device)
+        states, particles = STATES.to(device, dtype), PARTICLES.to(device, dtype)
+        awkward = [oracle.arrange(t, layout)[0].requires_grad_() for t in (states, particles)]
+        for call in (
+            lambda *tensors: vgf.critic_value_and_score(critic, *tensors, backend="triton"),
+            lambda *tensors: (vgf.behavior_flow(velocity, *tensors, 3, backend="triton"),),
+            lambda *tensors: vgf.value_gradient_flow(critic, *tensors, BUDGET, backend="triton")[:2],
+        ):
+            for ours, theirs in zip(call(*awkward), call(states, particles), strict=True):
+                assert torch.equal(ours, theirs)
+                assert not ours.requires_grad
+
+    def test_an_empty_batch_in_the_kernels(self, device):
+        states, particles = torch.zeros(0, 4, device=device), torch.zeros(0, 5, 2, device=device)
+        critic, velocity = copy.deepcopy(CRITIC).to(device), copy.deepcopy(VELOCITY).to(device)
+        q, score = vgf.critic_value_and_score(critic, states, particles, backend="triton")
+        assert (q.shape, score.shape) == ((2, 0, 5), (0, 5, 2))
+        assert vgf.behavior_flow(velocity, states, particles, 2, backend="triton").shape == (0, 5, 2)
+        assert vgf.value_gradient_flow(critic, states, particles, BUDGET, backend="triton").q.shape == (2, 0, 5)
+
+    @pytest.mark.parametrize(("group", "value"), [("weights", float("nan")), ("biases", float("inf"))])
+    def test_broken_weights_are_named_where_looking_costs_no_wait(self, group, value):
+        critic, velocity = copy.deepcopy(CRITIC), copy.deepcopy(VELOCITY)
+        for module in (critic, velocity):
+            with torch.no_grad():
+                getattr(module, group)[1].view(-1)[3 % getattr(module, group)[1].numel()] = value
+        message = rf"critic's {group}\[1\] has values that are not finite"
+        with pytest.raises(ValueError, match=message):
+            vgf.critic_value_and_score(critic, STATES, PARTICLES, backend="triton")
+        with pytest.raises(ValueError, match=message):
+            vgf.value_gradient_flow(critic, STATES, PARTICLES, BUDGET, backend="triton")
+        with pytest.raises(ValueError, match=message.replace("critic", "velocity")):
+            vgf.behavior_flow(velocity, STATES, PARTICLES, 2, backend="triton")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's products of bfloat16 are wrong")
+    def test_bfloat16_weights_run_in_pytorch_where_kernels_are_interpreted(self):
+        critic, velocity = copy.deepcopy(CRITIC).bfloat16(), copy.deepcopy(VELOCITY).bfloat16()
+        for call in (
+            lambda backend: vgf.critic_value_and_score(critic, STATES, PARTICLES, backend=backend),
+            lambda backend: (vgf.behavior_flow(velocity, STATES, PARTICLES, 3, backend=backend),),
+            lambda backend: vgf.value_gradient_flow(critic, STATES, PARTICLES, BUDGET, backend=backend)[:2],
+        ):
+            for ours, theirs in zip(call("triton"), call("torch"), strict=True):
+                assert torch.equal(ours, theirs)
 
     def test_a_float64_flow_on_the_triton_backend_is_refused(self):
         with pytest.raises(ValueError, match="the particles are torch.float64"):

@@ -1,11 +1,13 @@
-"""The torch backend in float64 against the numbers of the public release."""
+"""Against the numbers of the public release: the torch backend in float64, the public API on the kernels in float32."""
 
 import json
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from release import DATA, FLOWS, below, load_flow, relative_error
+from tolerances import BOUNDS, F32
 
 import vgf_fast as vgf
 from vgf_fast import reference
@@ -99,13 +101,20 @@ def test_three_updates():
             assert relative_error(parameter.detach(), truth.detach()) < 1e-8, (step, name)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("flow_steps", [0, 3])
-def test_actions_of_a_release_checkpoint(flow_steps, record_property):
+def test_actions_of_a_release_checkpoint(flow_steps, backend, device, record_property):
+    if backend == "triton":
+        pytest.importorskip("triton")
     folder = DATA / "reference_checkpoint"
     policy = vgf.VGFPolicy.from_reference_checkpoint(folder / "params_3.pkl", folder / "config.json")
     with np.load(folder / "expected.npz") as file:
         observations, noise, expected = (file[f"{name}{flow_steps}"] for name in ("obs", "noise", "act"))
-    actions = policy.sample_actions(observations, flow_steps=flow_steps, noise=noise).numpy()
+    policy.backend = backend
+    policy.to(device)
+    actions = policy.sample_actions(observations, flow_steps=flow_steps, noise=noise).cpu().numpy()
+    policy.to("cpu")
+    policy.backend = "torch"
     # Adam's first step is eps * sign(phi): only where phi is nearly zero may rounding flip it.
     phi = _first_direction(policy, observations, noise)
     ambiguous = (
@@ -122,3 +131,80 @@ def _first_direction(policy, observations, noise):
     particles = policy.draw_particles(states, noise)
     _, score = vgf.critic_value_and_score(policy.critic, states, particles, policy.config.flow_q_aggregation)
     return vgf.svgd_direction(particles, score, policy.config.test_budget.temperature, bandwidth_gradient=True)
+
+
+class TestKernels:
+    """The public functions with backend="triton", in float32; three updates of the learner: test_learner_kernels."""
+
+    @pytest.fixture(params=FLOWS)
+    def release(self, request, device):
+        pytest.importorskip("triton")
+        flow = load_flow(request.param, torch.float32)
+        arrays = {name: tensor.to(device) for name, tensor in flow.arrays.items()}
+        networks = {
+            name: module.to(device) for name, module in flow._asdict().items() if isinstance(module, torch.nn.Module)
+        }
+        return flow._replace(arrays=arrays, **networks)
+
+    def test_behavior_flow(self, release):
+        steps = release.meta["bc_flow_steps"]
+        with oracle.nan_filled_empty():
+            particles = vgf.behavior_flow(release.velocity, release["obs"], release["noise"], steps, backend="triton")
+        assert relative_error(particles, release["init"]) < BOUNDS["release_particles"][F32]
+
+    def test_every_flow_step(self, release):
+        meta = release.meta
+        for step in range(meta["L"]):
+            particles, score = release["particles"][step], release["score"][step]
+            with oracle.nan_filled_empty():
+                _, ours = vgf.critic_value_and_score(
+                    release.critic, release["obs"], particles, meta["vgf_q_agg"], backend="triton"
+                )
+            assert relative_error(ours, score) < BOUNDS["release_score"][F32]
+            for name, bandwidth_gradient in (("phi", False), ("phi_bandwidth_grad", True)):
+                with oracle.nan_filled_empty():
+                    phi = vgf.svgd_direction(particles, score, meta["alpha"], bandwidth_gradient, backend="triton")
+                assert relative_error(phi, release[name][step]) < BOUNDS["release_direction"][F32]
+
+    def test_whole_trajectory(self, release, request, record_property):
+        meta = release.meta
+        with oracle.nan_filled_empty():
+            result = vgf.value_gradient_flow(
+                release.critic,
+                release["obs"],
+                release["init"],
+                vgf.TransportBudget(meta["L"], meta["lr"], meta["alpha"]),
+                meta["vgf_q_agg"],
+                bandwidth_gradient=True,
+                return_trajectory=True,
+                backend="triton",
+            )
+        assert torch.equal(result.trajectory[-1], result.particles)
+        phi = release["phi_bandwidth_grad"]
+        # Adam's steps are the direction's sign at first: of an entry near zero, rounding decides it.
+        is_certain = (phi.abs() > 1e-4 * phi.abs().amax(dim=(2, 3), keepdim=True)).all(dim=0)
+        name = request.node.callspec.params["release"]
+        print(f"sign-ambiguous entries of {name}: {(~is_certain).sum()} of {is_certain.numel()}")
+        record_property("sign_ambiguous", int((~is_certain).sum()))
+        # A flipped particle pulls its neighbours of the same state along.
+        states = is_certain.all(dim=2).all(dim=1)
+        assert states.double().mean() > 0.5
+        bound = BOUNDS["release_trajectory"][F32]
+        assert relative_error(result.trajectory[:, states], release["particles"][:, states]) < bound
+        assert relative_error(result.q[:, states], release["q_members"][:, states]) < bound
+
+    def test_selection_and_targets(self, release):
+        aggregation, particles = release.meta["select_q_agg"], release["particles"][-1]
+        for critic, name in ((release.critic, "q_eval"), (release.target_critic, "target_q")):
+            with oracle.nan_filled_empty():
+                q, _ = vgf.critic_value_and_score(critic, release["obs"], particles, aggregation, backend="triton")
+            values = reference.aggregate(q, aggregation)
+            assert relative_error(values, release[name]) < BOUNDS["release_score"][F32]
+            if name == "q_eval":
+                action, index = vgf.select_particle(particles, values, backend="triton")
+                assert torch.equal(index, release["best_index"])
+                assert torch.equal(action, release["action"])
+        zeros, ones = torch.zeros_like(q[0, :, 0]), torch.ones_like(q[0, :, 0])
+        for reduce in ("mean", "max"):
+            target = vgf.td_target(q, zeros, ones, 1.0, aggregation, reduce, backend="triton")
+            assert relative_error(target, release[f"target_{reduce}"]) < BOUNDS["release_score"][F32]

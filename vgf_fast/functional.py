@@ -1,92 +1,37 @@
 """The functional API: checks its input, chooses the backend, and calls ``reference`` or the Triton kernels.
 
-``backend="torch"`` runs everywhere. ``backend="triton"`` runs particle updates and selection as Triton kernels, and the
-networks' matrix products as PyTorch's; it needs a GPU, or Triton's interpreter. ``backend="auto"`` is "triton" for
-tensors on a GPU within the kernels' limits and "torch" otherwise.
+``backend="torch"`` runs everywhere. ``backend="triton"`` runs everything as Triton kernels, for up to 128 particles, 64
+action dimensions, hidden layers of 1024 units, and weights in float32 or bfloat16; it needs a GPU, or Triton's
+interpreter, where products of bfloat16 weights are PyTorch's. ``backend="auto"`` is "triton" for tensors on a GPU
+within these limits and "torch" otherwise. Weights are packed for the kernels at every call. On a CPU "triton" refuses
+weights that are not finite; on a GPU it does not look, because looking waits for the device.
 
 Observations are [B, O], particles [B, N, A], values [E, B, N]; empty batches are fine.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import logging
-import os
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from vgf_fast import reference
+from vgf_fast import backends, reference
+from vgf_fast.backends import Backend, resolve_backend, triton_installed, triton_interpreted
 from vgf_fast.config import TransportBudget
 from vgf_fast.networks import EnsembleMLP, VelocityField
 from vgf_fast.reference import FlowResult, MLPWeights
 
-Backend = Literal["auto", "triton", "torch"]
-MAX_KERNEL_PARTICLES = 128
-MAX_KERNEL_ACTION_DIM = 64
-MAX_KERNEL_WIDTH = 1024  # of hidden layers
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-logger = logging.getLogger("vgf_fast")
-
-
-# --- choosing a backend ----------------------------------------------------------------------------------------------
-
-
-def triton_installed() -> bool:
-    """Whether Triton can be imported; does not import it."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def triton_interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU (``TRITON_INTERPRET=1`` before the first import)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _kernel_obstacle(
-    device: torch.device, particles: int, action_dim: int, dtype: torch.dtype, width: int
-) -> str | None:
-    """Why the Triton kernels cannot take such tensors, or None."""
-    if not triton_installed():
-        return "Triton is not installed: pip install 'vgf_fast[triton]'"
-    if device.type != "cuda" and not triton_interpreted():
-        return f"the tensors are on {device}: Triton needs a GPU, or its interpreter (TRITON_INTERPRET=1)"
-    if particles > MAX_KERNEL_PARTICLES:
-        return f"particles is {particles}, the kernels' limit is {MAX_KERNEL_PARTICLES}"
-    if action_dim > MAX_KERNEL_ACTION_DIM:
-        return f"the action dimension is {action_dim}, the kernels' limit is {MAX_KERNEL_ACTION_DIM}"
-    if width > MAX_KERNEL_WIDTH:
-        return f"the widest hidden layer has {width} units, the kernels' limit is {MAX_KERNEL_WIDTH}"
-    if dtype not in _KERNEL_DTYPES:
-        return f"the particles are {dtype}, the kernels take float32, bfloat16 and float16"
-    return None
-
-
-@functools.cache
-def _say_fallback(obstacle: str) -> None:
-    logger.warning("backend='auto' uses torch: %s", obstacle)
-
-
-def resolve_backend(
-    backend: str, device: torch.device, particles: int, action_dim: int, dtype: torch.dtype, width: int = 0
-) -> str:
-    """ "triton" or "torch" for tensors of this kind, and networks whose widest hidden layer has ``width`` units.
-
-    Raises ``ValueError`` for an unknown backend, and for "triton" where its kernels cannot run, naming the limit.
-    """
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend is {backend!r}, expected 'auto', 'triton' or 'torch'")
-    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
-        return "torch"
-    obstacle = _kernel_obstacle(device, particles, action_dim, dtype, width)
-    if obstacle is None:
-        return "triton"
-    if backend == "triton":
-        raise ValueError(f"backend='triton' cannot run: {obstacle}")
-    _say_fallback(obstacle)
-    return "torch"
+__all__ = [
+    "Backend",
+    "behavior_flow",
+    "critic_value_and_score",
+    "resolve_backend",
+    "select_particle",
+    "svgd_direction",
+    "td_target",
+    "triton_installed",
+    "triton_interpreted",
+    "value_gradient_flow",
+]
 
 
 # --- checking input --------------------------------------------------------------------------------------------------
@@ -197,9 +142,8 @@ def critic_value_and_score(
     """
     weights, states, x = _check_critic_input(critic, observations, actions, "actions")
     _check_choice("q_aggregation", q_aggregation, ("mean", "min"))
-    resolve_backend(backend, x.device, x.shape[1], x.shape[2], _particle_dtype(x))
     x = x.to(_particle_dtype(x))
-    return reference.CriticAtStates(weights, states).values_and_score(x, q_aggregation)
+    return backends.critic_value_and_score(weights, states, x, q_aggregation, backend)
 
 
 def svgd_direction(
@@ -257,9 +201,8 @@ def behavior_flow(
             f"observations, noise and time have {states.shape[1]} + {x.shape[2]} + 1 columns, expected {width}: the "
             "velocity field's input"
         )
-    dtype = _particle_dtype(x)
-    resolve_backend(backend, x.device, x.shape[1], x.shape[2], dtype)
-    return reference.behavior_flow(weights, states, x.to(dtype), steps)
+    x = x.to(_particle_dtype(x))
+    return backends.behavior_flow(weights, states, x, steps, backend)
 
 
 def value_gradient_flow(
@@ -288,16 +231,10 @@ def value_gradient_flow(
         raise TypeError(f"budget is a {type(budget).__name__}, expected a TransportBudget")
     _check_choice("q_aggregation", q_aggregation, ("mean", "min"))
     _check_choice("optimizer", optimizer, ("adam", "ascent"))
-    dtype = _particle_dtype(x)
-    step_ = reference.svgd_step_
-    if resolve_backend(backend, x.device, x.shape[1], x.shape[2], dtype) == "triton":
-        from vgf_fast.kernels import svgd
-
-        step_ = svgd.svgd_step_
-    return reference.value_gradient_flow(
+    return backends.value_gradient_flow(
         weights,
         states,
-        x.to(dtype),
+        x.to(_particle_dtype(x)),
         budget.steps,
         budget.step_size,
         budget.temperature,
@@ -307,7 +244,7 @@ def value_gradient_flow(
         optimizer,
         return_trajectory,
         evaluate,
-        step_,
+        backend,
     )
 
 
