@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PARALLEL := -n 2
 endif
 
-.PHONY: demo test lint format gpu bench clean
+.PHONY: demo test lint format gpu bench report clean
 
 demo: $(READY)
 	$(PYTHON) -m vgf_fast.cli demo
@@ -30,6 +30,9 @@ bench: $(READY)
 	$(PYTHON) -m profiling.bench update $(BENCH)
 	$(PYTHON) -m profiling.bench act $(BENCH)
 	$(PYTHON) -m profiling.bench memory $(BENCH)
+
+report: $(READY)
+	$(PYTHON) -m profiling.report
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

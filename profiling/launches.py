@@ -8,15 +8,20 @@ no operator below them and do more than describe memory. On a GPU each of them i
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+RESULTS = Path(__file__).parent / "results" / "launches.json"
 PREFIX = "triton::"
 # Leaves that launch nothing: they allocate, or look at memory in another way.
 VIEWS = "alias as_strided detach expand permute reshape select slice split squeeze t transpose unbind unsqueeze view"
@@ -132,18 +137,32 @@ def eager_update_launches() -> Launches:
     return count(lambda: agent.update(dataset.sample(256, generator)))
 
 
-def main() -> None:
-    """Print the counts at the paper's sizes."""
-    for name, launches in (
-        ("update", update_launches()),
-        ("update, eager PyTorch", eager_update_launches()),
-        ("action of 256 states", act_launches()),
-        ("action of one state", act_launches(1)),
-    ):
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the counts at the paper's sizes; with ``--write`` into ``profiling/results/launches.json`` too."""
+    parser = argparse.ArgumentParser(
+        prog="python -m profiling.launches", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    options = parser.parse_args(arguments)
+    found = {
+        "one update": update_launches(),
+        "one update, eager PyTorch": eager_update_launches(),
+        "actions for 256 states": act_launches(),
+        "one action": act_launches(1),
+    }
+    for name, launches in found.items():
         print(f"{name}: {launches.total} launches")
         for counter in launches:
-            print("   ", ", ".join(f"{n} {kernel}" for kernel, n in counter.most_common(12)))
+            if counter:
+                print("   ", ", ".join(f"{n} {kernel}" for kernel, n in counter.most_common(12)))
+    if options.write:
+        table = {
+            name: {"triton": launches.triton.total(), "torch": launches.torch.total(), "total": launches.total}
+            for name, launches in found.items()
+        }
+        RESULTS.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -36,7 +36,7 @@ def load_profiling():
 
 
 load_profiling()
-from profiling import eager, records  # noqa: E402
+from profiling import eager, records, report  # noqa: E402
 from profiling.worker import Job, Sizes, random_batch  # noqa: E402
 
 
@@ -239,3 +239,35 @@ def test_gpu_says_that_there_is_none(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"no GPU that torch {torch.__version__} can use: nothing to do"
     assert not (tmp_path / "results").exists()
+
+
+class TestReport:
+    def test_the_readme_is_what_the_records_give(self):
+        assert report.main(["--check"]) == 0, "run: python -m profiling.report"
+
+    def test_only_what_stands_between_the_markers_changes(self, monkeypatch):
+        monkeypatch.setattr(report, "SECTIONS", {"one": lambda: "new"})
+        text = "before <!-- one -->\nold\n<!-- /one --> after"
+        assert report.rendered(text) == "before <!-- one -->\nnew\n<!-- /one --> after"
+        assert report.rendered(report.rendered(text)) == report.rendered(text)
+        with pytest.raises(ValueError, match="no one place for 'one'"):
+            report.rendered("nothing here")
+
+    def test_without_a_record_it_says_so(self, tmp_path):
+        assert report.times(tmp_path / "gpu.jsonl") == "Not yet measured on a GPU."
+
+    def test_the_newest_record_counts(self, tmp_path, monkeypatch):
+        path = tmp_path / "cpu.jsonl"
+        monkeypatch.setattr(report, "REPOSITORY", tmp_path)
+        lines = []
+        for date, ratio in (("2026-01-02", 0.5), ("2026-01-01", 0.9)):
+            for benchmark in ("update", "act"):
+                record = {
+                    "date": date, "benchmark": benchmark, "method": "ours-float32", "device": "a CPU", "p50": 1.0,
+                    "ratio_to_jax": ratio, "peak_bytes": 2**20,
+                }  # fmt: skip
+                lines.append(json.dumps(record))
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        text = report.times(path)
+        assert "| vgf_fast, float32 | 0.50 | 0.50 | 1 |" in text
+        assert "`cpu.jsonl` (2026-01-02, a CPU)" in text
