@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 MAX_PARTICLES = 128  # of the SVGD kernels, which hold all pairs of particles of one state in registers
 MAX_ACTION_DIM = 64
 MAX_WIDTH = 1024  # padded, of the kernels that hold whole rows of a hidden layer in registers
+MAX_ACTING_STATES = 16  # of the kernel of a whole action
 MAX_CANDIDATES = 4096  # particles of one state among which a selection kernel chooses
 PARTICLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -126,8 +127,9 @@ def rows_block(particles: int, padded_width: int, dtype: torch.dtype) -> BlockLa
     narrow = dtype.itemsize == 2
     block_n = min((256 if narrow else 128) * 64 // block_m, padded_width)
     block_k = min(64 if narrow else 32, padded_width)
-    # A warp a row: its reductions need no other warp.
-    return BlockLaunch(block_m, block_n, block_k, min(block_m, max(4096 // padded_width, 8)), 8, 2)
+    # With bfloat16 a warp a row: its reductions need no other warp.
+    rows = min(block_m, max((4096 if narrow else 8192) // padded_width, 8))
+    return BlockLaunch(block_m, block_n, block_k, rows, 8, 2)
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,68 @@ def weight_gradient(dtype: torch.dtype, rows: int) -> GradientLaunch:
     return GradientLaunch(32, GRADIENT_TILE, min(64 if dtype.itemsize == 2 else 32, rows), 8, 4)
 
 
+@dataclass(frozen=True)
+class ActingLaunch:
+    """Configuration of the kernel that computes a whole action: its work items are tiles of a layer."""
+
+    programs: int  # at most one a processor, for they wait for one another
+    block_m: int  # rows of an item
+    velocity_tile: int  # columns of an item
+    critic_tile: int
+    num_warps: int  # each takes a part of a product's sum
+
+    def particle_options(self, particles: int) -> dict[str, int]:
+        """Keyword arguments of the launch that are the particle step's."""
+        step = svgd(particles)
+        # More columns at a time would take registers from the layers.
+        return {
+            "BLOCK_N": step.block_n,
+            "BLOCK_C": min(step.block_c, 4),
+            "UNROLL": step.unroll,
+            "PAIRED": step.paired,
+        }
+
+    def entries(self) -> list[int]:
+        """The numbers in their order."""
+        return list(astuple(self))
+
+
+@functools.cache
+def acting(
+    rows: int,
+    members: int,
+    velocity_width: int,
+    critic_width: int,
+    dtype: torch.dtype,
+    particles: int,
+    processors: int,
+) -> ActingLaunch:
+    """Configuration for so many rows and padded widths on a device with ``processors`` processors.
+
+    Tiles are as narrow as the processors are many, for every item reads whole rows of what is before it.
+    """
+    block_m = 16
+    blocks = -(-rows // block_m)
+
+    def tile(width: int, copies: int) -> int:
+        # A tile of weights waits in registers for the barrier: 32 columns of 512 rows in 16 bits are most that fit.
+        widest = max(min(32, width, 32 * 1024 // (width * dtype.itemsize)), 16)
+        return 16 if copies * blocks * (width // 16) <= processors else widest
+
+    velocity_tile, critic_tile = tile(velocity_width, 1), tile(critic_width, members)
+    items = blocks * max(velocity_width // velocity_tile, members * (critic_width // critic_tile))
+    widest = max(velocity_width, critic_width)
+    # A warp sums 16 products at least; the step of many particles takes more warps than a narrow layer.
+    num_warps = max(min(widest // 16, 16 if widest > 512 else 8), svgd(particles).num_warps)
+    return ActingLaunch(min(processors, items), block_m, velocity_tile, critic_tile, num_warps)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs run at once for certain: one a processor of the GPU, and one in the interpreter."""
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 AGGREGATE_BLOCK, AGGREGATE_WARPS = 512, 4  # values a program of the elementwise reduction over members
 ACTION_BLOCK = 16  # action columns copied at a time by the selection
 
@@ -224,9 +288,27 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+FLOAT32_PRECISIONS = ("tf32", "ieee")
+_float32_precision: str | None = None
+
+
+def set_float32_precision(value: str | None) -> None:
+    """Choose how the kernels multiply float32: "tf32", "ieee" (exact, without the matrix unit), or None, the default.
+
+    The default is tf32, which is also JAX's on a GPU, and "ieee" in the interpreter.
+    Raises ``ValueError`` for any other value.
+    """
+    global _float32_precision
+    if value is not None and value not in FLOAT32_PRECISIONS:
+        raise ValueError(f"float32 precision is {value!r}, expected 'tf32', 'ieee' or None")
+    _float32_precision = value
+
+
 def precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of float32 products: tf32, as JAX's own default on a GPU; exact in the interpreter."""
-    return "ieee" if dtype == torch.float32 and interpreted() else "tf32"
+    """``input_precision`` of products of operands of ``dtype``; of no consequence for narrower ones than float32."""
+    if dtype != torch.float32:
+        return "tf32"
+    return _float32_precision or ("ieee" if interpreted() else "tf32")
 
 
 def check_device(name: str, tensor: Tensor) -> None:
