@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vgf_fast import backends, reference
+from vgf_fast import flow_gradient as operators
 from vgf_fast.backends import Backend, resolve_backend, triton_installed, triton_interpreted
 from vgf_fast.config import TransportBudget
 from vgf_fast.networks import EnsembleMLP, VelocityField
@@ -94,6 +95,15 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
+def _uses_operator(flow_gradient: str) -> bool:
+    """Whether a registered operator is called: for its gradient, or because torch.compile cannot trace the function."""
+    return flow_gradient != "none" or torch.compiler.is_compiling()
+
+
+def _without_graph(flow_gradient: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.detach() for tensor in tensors) if flow_gradient == "none" else tensors
+
+
 def _particle_dtype(tensor: Tensor) -> torch.dtype:
     """Particles are float32 at least: a small step would be lost in bfloat16."""
     return torch.promote_types(tensor.dtype, torch.float32)
@@ -133,16 +143,22 @@ def critic_value_and_score(
     q_aggregation: str = "mean",
     *,
     backend: Backend = "auto",
+    flow_gradient: str = "none",
 ) -> tuple[Tensor, Tensor]:
     """Q of every member, and the gradient of the aggregated Q with respect to the action.
 
-    observations [B, O], actions [B, N, A] -> q [E, B, N], score [B, N, A]; no autograd graph. ``q_aggregation`` is
-    "mean" or "min" over members; the gradient of the minimum is that of the smallest member, action by action.
+    observations [B, O], actions [B, N, A] -> q [E, B, N], score [B, N, A]. ``q_aggregation`` is "mean" or "min" over
+    members; the gradient of the minimum is that of the smallest member, action by action. ``flow_gradient`` is "none",
+    without an autograd graph, or "exact": gradients of q and of the score, which are Hessian-vector products of the
+    critic, reach observations and actions, never the critic's weights. The backward pass is PyTorch's on any backend.
     Raises ``ValueError`` or ``TypeError`` naming the argument whose shape, dtype or device is wrong.
     """
     weights, states, x = _check_critic_input(critic, observations, actions, "actions")
     _check_choice("q_aggregation", q_aggregation, ("mean", "min"))
-    x = x.to(_particle_dtype(x))
+    _check_choice("flow_gradient", flow_gradient, ("none", "exact"))
+    states, x = _without_graph(flow_gradient, states, x.to(_particle_dtype(x)))
+    if _uses_operator(flow_gradient):
+        return operators.critic_op(*operators.flat(weights.detach()), states, x, q_aggregation, backend)
     return backends.critic_value_and_score(weights, states, x, q_aggregation, backend)
 
 
@@ -177,11 +193,18 @@ def svgd_direction(
 
 
 def behavior_flow(
-    velocity: VelocityField | MLPWeights, observations: Tensor, noise: Tensor, steps: int, *, backend: Backend = "auto"
+    velocity: VelocityField | MLPWeights,
+    observations: Tensor,
+    noise: Tensor,
+    steps: int,
+    *,
+    backend: Backend = "auto",
+    flow_gradient: str = "none",
 ) -> Tensor:
     """Draw particles: ``steps`` Euler steps of the flow-matching sampler from ``noise``, then clip to [-1, 1].
 
-    observations [B, O], noise [B, N, A] -> particles [B, N, A].
+    observations [B, O], noise [B, N, A] -> particles [B, N, A]. ``flow_gradient`` as in ``value_gradient_flow``, with
+    the noise for the initial particles.
     Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong.
     """
     if isinstance(velocity, VelocityField):
@@ -201,7 +224,10 @@ def behavior_flow(
             f"observations, noise and time have {states.shape[1]} + {x.shape[2]} + 1 columns, expected {width}: the "
             "velocity field's input"
         )
-    x = x.to(_particle_dtype(x))
+    _check_choice("flow_gradient", flow_gradient, operators.MODES)
+    states, x = _without_graph(flow_gradient, states, x.to(_particle_dtype(x)))
+    if _uses_operator(flow_gradient):
+        return operators.behavior_op(*operators.flat(weights.detach()), states, x, steps, backend, flow_gradient)
     return backends.behavior_flow(weights, states, x, steps, backend)
 
 
@@ -218,12 +244,20 @@ def value_gradient_flow(
     *,
     evaluate: bool = True,
     backend: Backend = "auto",
+    flow_gradient: str = "none",
 ) -> FlowResult:
     """Move particles within a transport budget along the gradient flow of KL(. || exp(Q / alpha)).
 
     observations [B, O], particles [B, N, A] -> FlowResult(particles [B, N, A], q [E, B, N], trajectory
     [L + 1, B, N, A] or None). Every step ends with a clip to [-1, 1]; ``optimizer`` is "adam" (its moments start at
     zero) or "ascent", the paper's plain equation. ``evaluate=False`` leaves q out. The given particles are not written.
+
+    ``flow_gradient`` says what autograd sees of particles, q and trajectory. "none": nothing, there is no graph.
+    "exact": gradients reach the initial particles and the observations through every step, with the derivative of the
+    score, of the kernel and its median, of Adam and of the clip; the backward pass is PyTorch's on any backend,
+    recomputes every step from its particles, and cannot be differentiated again. "identity": the initial particles
+    receive the gradient of the moved ones unchanged (and, of q, that of Q at the moved ones), observations none.
+    The critic's weights never receive gradients.
     Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong.
     """
     weights, states, x = _check_critic_input(critic, observations, particles, "particles")
@@ -231,13 +265,14 @@ def value_gradient_flow(
         raise TypeError(f"budget is a {type(budget).__name__}, expected a TransportBudget")
     _check_choice("q_aggregation", q_aggregation, ("mean", "min"))
     _check_choice("optimizer", optimizer, ("adam", "ascent"))
-    return backends.value_gradient_flow(
-        weights,
+    _check_choice("flow_gradient", flow_gradient, operators.MODES)
+    states, x = _without_graph(flow_gradient, states, x.to(_particle_dtype(x)))
+    options = (
         states,
-        x.to(_particle_dtype(x)),
+        x,
         budget.steps,
-        budget.step_size,
-        budget.temperature,
+        float(budget.step_size),
+        float(budget.temperature),
         q_aggregation,
         bandwidth_gradient,
         repulsion,
@@ -246,6 +281,10 @@ def value_gradient_flow(
         evaluate,
         backend,
     )
+    if not _uses_operator(flow_gradient):
+        return backends.value_gradient_flow(weights, *options)
+    moved, q, trajectory = operators.flow_op(*operators.flat(weights.detach()), *options, flow_gradient)
+    return FlowResult(moved, q if evaluate else None, trajectory if return_trajectory else None)
 
 
 def select_particle(

@@ -296,11 +296,11 @@ def svgd_direction(
     drift = x * kernel.sum(dim=2, keepdim=True) - kernel @ x
     phi = (attraction / temperature).add_(2.0 * bandwidth.gamma * drift)
     if bandwidth_gradient:
-        phi.add_(_bandwidth_term(particles, kernel, distances, bandwidth))
+        phi.add_(bandwidth_term(particles, kernel, distances, bandwidth))
     return phi / n
 
 
-def _bandwidth_term(particles: Tensor, kernel: Tensor, distances: Tensor, bandwidth: Bandwidth) -> Tensor:
+def bandwidth_term(particles: Tensor, kernel: Tensor, distances: Tensor, bandwidth: Bandwidth) -> Tensor:
     """-d/dx_i of sum K through the median: only the row index i of the one or two middle entries (i, j) receives it."""
     n = particles.shape[1]
     # d sum(K) / d median = sum(D K) 2 gamma^2 / (2 ln(N + 1)), shared by the middle; d D_ij / d x_i = 2 (x_i - x_j).
