@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .critic import state_share
+from .critic import check_rows, state_share
 from .mlp import activate_rows, first_layer, hidden_layers, product
 from .packing import PackedMLP
 
@@ -140,7 +140,7 @@ def behavior_flow(
 
     Without ``noise``, ``particles`` says how many a state, and ``seed``, one int64 on the device, fixes the standard
     normal numbers that Philox draws inside.
-    Raises ``ValueError`` if neither or both of noise and seed are given.
+    Raises ``ValueError`` if neither or both of noise and seed are given, and naming any argument that is wrong.
     """
     if (noise is None) == (seed is None):
         raise ValueError("noise and seed are both given or both None, expected one of them")
@@ -149,8 +149,15 @@ def behavior_flow(
         particles = noise.shape[1]
     elif particles is None:
         raise ValueError("particles is None, expected a number: without noise it says how many a state")
-    precision = precision or launch.precision(mlp.dtype)
+    if mlp.output_dim != mlp.action_dim or mlp.head.shape[2] != mlp.action.shape[1]:
+        raise ValueError(
+            f"mlp has {mlp.output_dim} outputs, expected one an action entry, {mlp.action_dim}, and a time"
+        )
     x = torch.empty((batch, particles, width), dtype=torch.float32, device=observations.device)
+    check_rows(mlp, observations, x if noise is None else noise, "noise")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}, expected an integer >= 1")
+    precision = precision or launch.precision(mlp.dtype)
     if x.numel() == 0:
         return x
     config = config or launch.rows_block(1, mlp.padded_width, mlp.dtype)

@@ -186,6 +186,32 @@ def combine_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
+def check_rows(mlp: PackedMLP, observations: Tensor, rows: Tensor, name: str) -> None:
+    """Raise ``ValueError`` unless observations [B, O] and the rows called ``name``, [B, N, A], suit the network."""
+    launch.check_device(name, rows)
+    launch.check_shape(
+        "observations", observations, (observations.shape[0], mlp.observation_dim), "states, and the network's width"
+    )
+    launch.check_shape(
+        name, rows, (observations.shape[0], *rows.shape[1:2], mlp.action_dim), "states, particles, the network's width"
+    )
+    if not 1 <= rows.shape[1] <= launch.MAX_PARTICLES:
+        raise ValueError(f"{name} has {rows.shape[1]} particles a state, expected 1 to {launch.MAX_PARTICLES}")
+    if mlp.padded_width > launch.MAX_WIDTH:
+        raise ValueError(
+            f"the widest hidden layer takes {mlp.padded_width} columns, expected {launch.MAX_WIDTH} or less"
+        )
+    for key, tensor in (("observations", observations), (name, rows)):
+        launch.check_dtype(key, tensor, launch.PARTICLE_DTYPES)
+        launch.check_same_device(key, tensor, "the network", mlp.state.device)
+
+
+def check_critic(mlp: PackedMLP, name: str = "mlp") -> None:
+    """Raise ``ValueError`` for a network that is no critic: of more outputs than one, or with a time."""
+    if mlp.head.shape[2] != 1:
+        raise ValueError(f"{name} has {mlp.output_dim} outputs in {mlp.head.shape[2]} columns, expected a critic's one")
+
+
 def state_share(mlp: PackedMLP, observations: Tensor, precision: str, counter: Tensor | None = None) -> Tensor:
     """W^s s + b of every member, bias included: observations [B, O] -> [E, B, HP] float32. One launch.
 
@@ -246,7 +272,12 @@ def member_values_and_gradients(
     precision: str | None = None,
     config: launch.BlockLaunch | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Every member's value q [E, B, N] and its action gradient [E, B, N, A] (None if not ``backward``), float32."""
+    """Every member's value q [E, B, N] and its action gradient [E, B, N, A] (None if not ``backward``), float32.
+
+    Raises ``ValueError`` naming the argument that is wrong.
+    """
+    check_critic(mlp)
+    check_rows(mlp, observations, actions, "actions")
     batch, n, width = actions.shape
     precision = precision or launch.precision(mlp.dtype)
     q = torch.empty((mlp.members, batch, n), dtype=torch.float32, device=actions.device)
@@ -296,6 +327,7 @@ def values_and_score(
     """q [E, B, N] and the score [B, N, A] of the aggregated value, float32: observations [B, O], actions [B, N, A].
 
     ``precision`` is that of float32 products: "tf32" (the default on a GPU) or "ieee". Three launches.
+    Raises ``ValueError`` naming the argument that is wrong.
     """
     q, g = member_values_and_gradients(mlp, observations, actions, True, precision, config)
     assert g is not None

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .critic import plan, state_share
+from .critic import check_critic, check_rows, plan, state_share
 from .mlp import critic_block
 from .packing import PackedMLP
 from .particle_block import move_particles
@@ -264,9 +264,29 @@ def value_gradient_flow(
 
     ``evaluator`` is the critic whose values of the last particles are returned, and go into ``epilogue``: of the same
     sizes as ``mlp``, its default. Particles and moments are float32.
+    Raises ``ValueError`` naming the argument that is wrong.
     """
+    check_critic(mlp)
+    check_rows(mlp, observations, particles, "particles")
+    if evaluator is not None:
+        check_critic(evaluator, "evaluator")
+        for ours, theirs in zip(mlp[:8], evaluator[:8], strict=True):
+            if ours.shape != theirs.shape or ours.dtype != theirs.dtype or ours.device != theirs.device:
+                raise ValueError(
+                    f"evaluator has weights of shape {tuple(theirs.shape)} and dtype {theirs.dtype} where mlp has "
+                    f"{tuple(ours.shape)} and {ours.dtype}, expected the same"
+                )
     batch, n, width = particles.shape
     members, device = mlp.members, particles.device
+    if isinstance(epilogue, TDTarget):
+        for name, tensor in (("rewards", epilogue.rewards), ("masks", epilogue.masks)):
+            launch.check_shape(name, tensor, (batch,), "one number a state")
+            launch.check_same_device(name, tensor, "particles", device)
+    elif epilogue is not None and epilogue.mode != "max":
+        if epilogue.uniform is None:
+            raise ValueError(f"uniform is None, expected one number a state: mode={epilogue.mode!r}")
+        launch.check_shape("uniform", epilogue.uniform, (batch,), "one number a state")
+        launch.check_same_device("uniform", epilogue.uniform, "particles", device)
     precision = precision or launch.precision(mlp.dtype)
     evaluate = evaluate or epilogue is not None
     evaluator = evaluator or mlp
@@ -330,7 +350,7 @@ def value_gradient_flow(
                 weights.widths,
                 scratch,
                 counter,
-                unused if select.uniform is None else select.uniform,
+                unused if select.uniform is None else select.uniform.to(torch.float32).contiguous(),
                 unused if td is None else td.rewards,
                 unused if td is None else td.masks,
                 unused if chosen is None or ending is None else chosen,

@@ -14,7 +14,7 @@ from tolerances import BOUNDS, F32
 
 pytest.importorskip("triton")
 
-from vgf_fast.kernels import critic, flow_step, svgd
+from vgf_fast.kernels import behavior_flow, critic, flow_step, svgd
 
 from vgf_fast import reference
 
@@ -208,3 +208,60 @@ def test_the_releases_flow(name, record_property):
     assert error < BOUNDS["release_trajectory"][F32]
     if is_certain.all():
         assert relative_error(result.q.cpu(), release["q_members"]) < BOUNDS["release_trajectory"][F32]
+
+
+class TestBadInput:
+    """Each launcher of the networks' kernels says what is wrong before anything is launched."""
+
+    MODULE = networks.critic(6, 3, (16,))
+    VELOCITY = networks.velocity(6, 3, (16,))
+
+    def inputs(self, batch=4, particles=5, observation_dim=6, action_dim=3):
+        return networks.states_and_actions(batch, particles, observation_dim, action_dim)
+
+    @pytest.mark.parametrize(
+        ("sizes", "message"),
+        [
+            ({"observation_dim": 7}, r"observations has shape \(4, 7\), expected \(4, 6\)"),
+            ({"action_dim": 2}, r"has shape \(4, 5, 2\), expected \(4, 5, 3\)"),
+            ({"particles": 129}, r"has 129 particles a state, expected 1 to 128"),
+        ],
+    )
+    @pytest.mark.parametrize("kernel", ["critic", "behavior_flow", "flow"])
+    def test_shapes(self, kernel, sizes, message):
+        self.check(kernel, *self.inputs(**sizes), message)
+
+    @pytest.mark.parametrize("kernel", ["critic", "behavior_flow", "flow"])
+    def test_dtypes_and_batches(self, kernel):
+        states, rows = self.inputs()
+        self.check(kernel, states.double(), rows, "observations has dtype torch.float64")
+        self.check(kernel, states, rows.double(), "has dtype torch.float64")
+        self.check(kernel, states[:3], rows, r"has shape \(4, 5, 3\), expected \(3, 5, 3\)")
+
+    def check(self, kernel, states, rows, message):
+        critic_weights, velocity = networks.packed(self.MODULE), networks.packed(self.VELOCITY)
+        launchers = {
+            "critic": lambda: critic.values_and_score(critic_weights, states, rows),
+            "flow": lambda: flow_step.value_gradient_flow(critic_weights, states, rows, 1, STEP_SIZE, TEMPERATURE),
+            "behavior_flow": lambda: behavior_flow.behavior_flow(velocity, states, rows, 1),
+        }
+        with pytest.raises(ValueError, match=message):
+            launchers[kernel]()
+
+    def test_networks_of_the_wrong_kind(self):
+        states, rows = self.inputs()
+        critic_weights, velocity = networks.packed(self.MODULE), networks.packed(self.VELOCITY)
+        with pytest.raises(ValueError, match="expected a critic's one"):
+            critic.values_and_score(velocity, states, rows)
+        with pytest.raises(ValueError, match="mlp has 1 outputs, expected one an action entry, 3"):
+            behavior_flow.behavior_flow(critic_weights, states, rows, 1)
+        other = networks.packed(networks.critic(6, 3, (40,)))
+        with pytest.raises(ValueError, match="evaluator has weights of shape"):
+            flow(self.MODULE, states, rows, 1, evaluator=other)
+
+    def test_what_the_choice_needs(self):
+        states, rows = self.inputs()
+        with pytest.raises(ValueError, match="uniform is None"):
+            flow(self.MODULE, states, rows, 1, epilogue=flow_step.Select("softmax"))
+        with pytest.raises(ValueError, match="rewards has shape"):
+            flow(self.MODULE, states, rows, 1, epilogue=flow_step.TDTarget(states, states, 0.9))
