@@ -28,13 +28,23 @@ MAX_KERNEL_ACTION_DIM = 64
 MAX_KERNEL_WIDTH = 1024  # of hidden layers
 _PARTICLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
-# Looked up once: torch.compile cannot trace the search.
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 logger = logging.getLogger("vgf_fast")
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
+
+
+def _find_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ImportError:
+        # Of an import hook that refuses it.
+        return False
+
+
+# Looked for once: torch.compile cannot trace the search.
+_TRITON_INSTALLED = _find_triton()
 
 
 def triton_installed() -> bool:

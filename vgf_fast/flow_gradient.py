@@ -362,7 +362,7 @@ def flow_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``backends.value_gradient_flow`` with its exact gradient, which needs the trajectory, or the identity's.
 
-    "none" is for tensors that want no gradient. Tensors without entries stand for a q or a trajectory that is not there.
+    "none" is for tensors that want no gradient. Tensors without entries stand for a missing q or trajectory.
     """
     result = backends.value_gradient_flow(
         _network(parameters, activation),
