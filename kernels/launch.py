@@ -271,6 +271,35 @@ def acting(
     return ActingLaunch(min(processors, items), block_m, velocity_tile, critic_tile, num_warps)
 
 
+# Estimates for an H200, to be measured: a phase of the kernel of a whole action with its barrier, and how fast one
+# processor reads weights.
+PHASE_US = 2.2
+PORT_BYTES_PER_US = 110e3
+
+
+def acts_in_one_launch(
+    batch: int,
+    particles: int,
+    members: int,
+    velocity_width: int,
+    critic_width: int,
+    dtype: torch.dtype,
+    processors: int,
+) -> bool:
+    """Whether to spread the layers of a whole action over all processors, rather than walk them in blocks of rows.
+
+    It is where a layer takes a program by itself, which reads all its weights, longer than the phase that all
+    programs make of it, in as many rounds as they need for its tiles.
+    """
+    rows = batch * particles
+    if not 1 <= batch <= MAX_ACTING_STATES or particles > MAX_PARTICLES:
+        return False
+    config = acting(rows, members, velocity_width, critic_width, dtype, particles, processors)
+    items = -(-rows // config.block_m) * members * (critic_width // config.critic_tile)
+    rounds = -(-items // config.programs)
+    return rounds * PHASE_US * PORT_BYTES_PER_US < critic_width**2 * dtype.itemsize and config.programs > 1
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """How many programs run at once for certain: one a processor of the GPU, and one in the interpreter."""

@@ -115,15 +115,49 @@ def act(
     budget: TransportBudget,
     selection: str,
     uniform: Tensor | None,
+    one_launch: bool | None = None,
 ) -> Tensor:
     """Actions [B, A] float32 at observations [B, O] from noise [B, N, A]; ``uniform`` [B] unless ``selection`` is max.
 
-    L + 5 launches with the flow behaviour model: weights, two shares of states, behaviour flow, L + 1 flow steps.
+    L + 5 launches with the flow behaviour model: weights, two shares of states, behaviour flow, L + 1 flow steps. Or
+    two for at most 16 states: weights, and all the rest at once; ``one_launch`` overrides the choice between them.
     """
+    from vgf_fast.kernels import acting, launch
     from vgf_fast.kernels.flow_step import Select
 
     config = policy.config
     packed = pack(policy, policy.dtype)
+    critic = packed.critic
+    few = packed.behavior if len(observations) <= launch.MAX_ACTING_STATES else None
+    if few is not None and one_launch is None:
+        one_launch = launch.acts_in_one_launch(
+            len(observations),
+            noise.shape[1],
+            critic.members,
+            few.padded_width,
+            critic.padded_width,
+            critic.dtype,
+            launch.processors(observations.device),
+        )
+    if few is not None and one_launch:
+        return acting.act(
+            few,
+            critic,
+            observations,
+            noise,
+            config.behavior_steps,
+            budget.steps,
+            budget.step_size,
+            budget.temperature,
+            config.flow_q_aggregation,
+            config.bandwidth_gradient,
+            config.repulsion,
+            config.particle_optimizer,
+            selection,
+            config.selection_temperature,
+            config.target_q_aggregation,
+            uniform=uniform,
+        ).action
     particles = draw_particles(policy, packed, observations, noise)
     choice = Select(selection, config.selection_temperature, uniform, config.target_q_aggregation)
     chosen = flow(policy, packed, observations, particles, budget, choice).chosen

@@ -30,7 +30,9 @@ class VGFPolicy(nn.Module):
 
     ``config`` says what is computed, ``device`` where (default: the CPU), ``backend`` how (``vgf_fast.functional``).
     ``seed`` fixes the initial weights and the policy's own random numbers. Move and cast it as any ``nn.Module``;
-    particles stay float32 at least. ``cuda_graph`` replays acting as a CUDA graph where the kernels run on a GPU.
+    particles stay float32 at least. ``cuda_graph`` replays acting as a CUDA graph where the kernels run on a GPU;
+    ``one_launch`` says whether they compute actions of up to 16 states in one launch, which needs the flow behaviour
+    model; None leaves the choice to ``kernels.launch``.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class VGFPolicy(nn.Module):
         seed: int = 0,
         *,
         cuda_graph: bool = True,
+        one_launch: bool | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(config, VGFConfig):
@@ -49,6 +52,7 @@ class VGFPolicy(nn.Module):
         self.backend: Backend = backend
         self.seed = seed
         self.cuda_graph = cuda_graph
+        self.one_launch = one_launch
         self._graphs = GraphCache("acting")
         init = torch.Generator().manual_seed(seed)
         sizes = (config.observation_dim, config.action_dim)
@@ -146,14 +150,18 @@ class VGFPolicy(nn.Module):
 
         def act(*tensors: Tensor) -> tuple[Tensor, ...]:
             states, noise, *drawn = tensors
-            return (fused.act(self, states, noise, budget, selection, drawn[0] if drawn else None),)
+            uniform = drawn[0] if drawn else None
+            return (fused.act(self, states, noise, budget, selection, uniform, self.one_launch),)
 
         batch = len(states)
         bucket = 1 << (batch - 1).bit_length()
         capture = None
         if self.cuda_graph and self.device.type == "cuda" and bucket <= MAX_GRAPH_STATES:
             capture = self._graphs.get(
-                (bucket, budget, selection, states.dtype, self.config, graphs.addresses(list(self.parameters()))),
+                (
+                    *(bucket, budget, selection, states.dtype, self.config, self.one_launch),
+                    graphs.addresses(list(self.parameters())),
+                ),
                 act,
                 lambda: tuple(torch.zeros((bucket, *t.shape[1:]), dtype=t.dtype, device=t.device) for t in inputs),
             )
