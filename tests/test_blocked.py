@@ -33,8 +33,9 @@ def values_and_score(module, states, actions, aggregation):
     ],
 )
 @pytest.mark.parametrize(("batch", "particles"), [(0, 5), (1, 1), (130, 10), (2, 700)])
-def test_critic(batch, particles, widths, members, layer_norm, activation, aggregation):
+def test_critic(batch, particles, widths, members, layer_norm, activation, aggregation, monkeypatch):
     """One chunk, several with a rest, and a state with more rows than a chunk."""
+    monkeypatch.setattr(blocked, "CHUNK_ENTRIES", 24 * 640)
     module = networks.critic(OBSERVATION_DIM, ACTION_DIM, widths, members, layer_norm, activation)
     states, actions = networks.states_and_actions(batch, particles, OBSERVATION_DIM, ACTION_DIM)
     q, score = values_and_score(module, states, actions, aggregation)

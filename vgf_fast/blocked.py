@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights, activate_, activation_backward
 
-CHUNK_ROWS = 640  # their activations in one layer stay in a core's cache
+CHUNK_ENTRIES = 640 * 512  # of one layer's activations: rows whose activations stay in the caches
 MIN_ROWS = 256  # from which on laying out the weights for one use pays
 
 
@@ -37,6 +37,12 @@ def pays(mlp: MLPWeights, rows: int) -> bool:
     """Whether to lay out the weights for ``rows`` rows: where that is possible, and they are many."""
     first = mlp.weights[0]
     return rows >= MIN_ROWS and first.device.type == "cpu" and _supports(first.dtype)
+
+
+def chunk_rows(mlp: MLPWeights | BlockedMLP) -> int:
+    """Rows taken at a time."""
+    width = mlp.members[0].rest.shape[1] if isinstance(mlp, BlockedMLP) else mlp.weights[0].shape[2]
+    return max(CHUNK_ENTRIES // width, 1)
 
 
 class Layer(NamedTuple):
@@ -181,13 +187,13 @@ class BlockedCriticAtStates(BlockedAtStates):
 
     def values(self, actions: Tensor) -> Tensor:
         """Q of every member: actions [B, N, A] -> [E, B, N], in float32."""
-        parts = [self._values(chunk, start) for start, chunk in _chunks(actions)]
+        parts = [self._values(chunk, start) for start, chunk in _chunks(self.mlp, actions)]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def score(self, actions: Tensor, aggregation: str = "mean") -> Tensor:
         """grad_a of the members' mean or minimum: [B, N, A]."""
         score = torch.empty(actions.shape, dtype=actions.dtype)
-        for start, chunk in _chunks(actions):
+        for start, chunk in _chunks(self.mlp, actions):
             self._score(chunk, start, aggregation, score[start : start + len(chunk)])
         return score
 
@@ -226,9 +232,9 @@ class BlockedCriticAtStates(BlockedAtStates):
                 out.add_(part)
 
 
-def _chunks(rest: Tensor) -> list[tuple[int, Tensor]]:
-    """States [B, N, ...] in parts of about ``CHUNK_ROWS`` rows, each with the number of its first state."""
-    states = max(CHUNK_ROWS // rest.shape[1], 1)
+def _chunks(mlp: BlockedMLP, rest: Tensor) -> list[tuple[int, Tensor]]:
+    """States [B, N, ...] in parts of about ``chunk_rows`` rows, each with the number of its first state."""
+    states = max(chunk_rows(mlp) // rest.shape[1], 1)
     return [(start, rest[start : start + states]) for start in range(0, len(rest), states)] or [(0, rest)]
 
 
@@ -239,7 +245,7 @@ def behavior_flow(velocity: BlockedMLP, observations: Tensor, noise: Tensor, ste
     action_weight, time_weight = member.rest[:-1], member.rest[-1:]
     (share,) = field.shares
     out = torch.empty(noise.shape, dtype=noise.dtype)
-    for start, x in _chunks(noise):
+    for start, x in _chunks(velocity, noise):
         for k in range(steps):
             field.shares[0] = torch.add(share, time_weight, alpha=k / steps)
             h = _hidden(member, velocity.activation, field.first_layer(0, x, action_weight, start))

@@ -194,7 +194,7 @@ def critic_at_states(
     """
     if not blocked.pays(critic, rows):
         return CriticAtStates(critic, observations)
-    rows = min(rows, blocked.CHUNK_ROWS)
+    rows = min(rows, blocked.chunk_rows(critic))
     return blocked.BlockedCriticAtStates(blocked.block(critic, observations.shape[1], rows, backward), observations)
 
 
@@ -213,7 +213,7 @@ def behavior_flow(velocity: MLPWeights, observations: Tensor, noise: Tensor, ste
     observations [B, O], noise [B, N, A] -> particles [B, N, A] in the dtype of ``noise``.
     """
     if blocked.pays(velocity, noise.shape[0] * noise.shape[1]):
-        rows = min(noise.shape[0] * noise.shape[1], blocked.CHUNK_ROWS)
+        rows = min(noise.shape[0] * noise.shape[1], blocked.chunk_rows(velocity))
         return blocked.behavior_flow(
             blocked.block(velocity, observations.shape[1], rows, backward=False), observations, noise, steps
         )
