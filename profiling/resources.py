@@ -38,6 +38,7 @@ MATRIX_INSTRUCTIONS = {
 FULL_RATE = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\bUTC\w*MMA", "gfx942": r"\bv_mfma"}
 OBSERVATION_DIM, ACTION_DIM, WIDTHS, MEMBERS = 29, 8, (512, 512, 512, 512), 2
 BATCH, PARTICLES, BEHAVIOR_STEPS, FLOW_STEPS = 256, 10, 10, 5
+PROCESSORS = 132  # of an H200; the launch table asks for them
 
 
 class Launch(NamedTuple):
@@ -103,6 +104,7 @@ def recorded(amd: bool = False) -> Iterator[list[Launch]]:
         mock.patch.object(triton.runtime.jit.JITFunction, "run", run),
         mock.patch.object(launch, "interpreted", return_value=True),
         mock.patch.object(launch, "precision", return_value="tf32"),
+        mock.patch.object(launch, "processors", return_value=PROCESSORS),
         mock.patch.object(torch.version, "hip", "6.0" if amd else None),
     ):
         yield launches
@@ -133,10 +135,20 @@ def flow(dtype: torch.dtype, particles: int = PARTICLES, bandwidth_gradient: boo
     rewards = torch.zeros(BATCH)
     online, velocity = _packed(policy.critic, dtype), _packed(policy.behavior, dtype)
     behavior_flow.behavior_flow(velocity, states, noise, BEHAVIOR_STEPS)
-    budget = (2, 0.1, 0.1, "mean", bandwidth_gradient)
+    budget = (FLOW_STEPS, 0.1, 0.1, "mean", bandwidth_gradient)
     for epilogue in (flow_step.Select(), flow_step.TDTarget(rewards, rewards, 0.99)):
         flow_step.value_gradient_flow(online, states, noise, *budget, epilogue=epilogue)
     critic.values_and_score(online, states, noise)
+
+
+def action(dtype: torch.dtype) -> None:
+    """A whole action of one state in one launch."""
+    from vgf_fast.kernels import acting
+
+    policy = _policy()
+    velocity, critic = _packed(policy.behavior, dtype), _packed(policy.critic, dtype)
+    states, noise = torch.zeros(1, OBSERVATION_DIM), torch.zeros(1, PARTICLES, ACTION_DIM)
+    acting.act(velocity, critic, states, noise, BEHAVIOR_STEPS, FLOW_STEPS, 0.1, 0.1)
 
 
 def particle_step(dtype: torch.dtype) -> None:
@@ -188,6 +200,8 @@ SCENARIOS: dict[str, tuple[Callable[[], None], bool]] = {
     "flow tf32": (lambda: flow(torch.float32), True),
     "flow bf16, median differentiated": (lambda: flow(torch.bfloat16, bandwidth_gradient=True), True),
     "flow bf16, 128 particles": (lambda: flow(torch.bfloat16, 128), False),
+    "action bf16": (lambda: action(torch.bfloat16), True),
+    "action tf32": (lambda: action(torch.float32), True),
     "training bf16": (lambda: training(torch.bfloat16), True),
     "training tf32": (lambda: training(torch.float32), True),
     "particles float32": (lambda: particle_step(torch.float32), True),
