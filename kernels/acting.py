@@ -606,9 +606,7 @@ def acting_kernel(
             tl.store(m_ptr + offs, tl.zeros([BLOCK_M, RP], tl.float32), mask=is_real)
             tl.store(v_ptr + offs, tl.zeros([BLOCK_M, RP], tl.float32), mask=is_real)
 
-    # --- flow steps, and once more forward; 1 - beta^step by its recurrence, which adds what is positive only
-    m_correction = 0.0
-    v_correction = 0.0
+    # --- flow steps, and once more forward
     for step in tl.range(0, L + 1, disable_licm=True):
         if DEEP_C:
             items = E * blocks * (C // TILE_C)
@@ -702,8 +700,12 @@ def acting_kernel(
                             layer_w_ptr, item + programs, items, blocks, stride_wc, True, C, SPLIT_C, TILE_C
                         )
                     g_from = 1 - g_from
-            m_correction = m_correction * BETA1 + (1.0 - BETA1)
-            v_correction = v_correction * BETA2 + (1.0 - BETA2)
+            # 1 - beta^step by its recurrence: a difference loses digits. Carried along it would take registers.
+            m_correction = 0.0
+            v_correction = 0.0
+            for _ in range(step + 1):
+                m_correction = m_correction * BETA1 + (1.0 - BETA1)
+                v_correction = v_correction * BETA2 + (1.0 - BETA2)
             rate = step_size
             if ADAM:
                 rate = tl.div_rn(step_size, m_correction)
