@@ -141,14 +141,15 @@ def flow(dtype: torch.dtype, particles: int = PARTICLES, bandwidth_gradient: boo
     critic.values_and_score(online, states, noise)
 
 
-def action(dtype: torch.dtype) -> None:
-    """A whole action of one state in one launch."""
+def acting(dtype: torch.dtype, bandwidth_gradient: bool = False) -> None:
+    """One action of one state, by all processors of a large GPU."""
     from vgf_fast.kernels import acting
 
     policy = _policy()
-    velocity, critic = _packed(policy.behavior, dtype), _packed(policy.critic, dtype)
     states, noise = torch.zeros(1, OBSERVATION_DIM), torch.zeros(1, PARTICLES, ACTION_DIM)
-    acting.act(velocity, critic, states, noise, BEHAVIOR_STEPS, FLOW_STEPS, 0.1, 0.1)
+    critic, velocity = _packed(policy.critic, dtype), _packed(policy.behavior, dtype)
+    budget = (BEHAVIOR_STEPS, FLOW_STEPS, 0.1, 0.1, "mean", bandwidth_gradient)
+    acting.act(velocity, critic, states, noise, *budget)
 
 
 def particle_step(dtype: torch.dtype) -> None:
@@ -200,8 +201,9 @@ SCENARIOS: dict[str, tuple[Callable[[], None], bool]] = {
     "flow tf32": (lambda: flow(torch.float32), True),
     "flow bf16, median differentiated": (lambda: flow(torch.bfloat16, bandwidth_gradient=True), True),
     "flow bf16, 128 particles": (lambda: flow(torch.bfloat16, 128), False),
-    "action bf16": (lambda: action(torch.bfloat16), True),
-    "action tf32": (lambda: action(torch.float32), True),
+    "acting bf16": (lambda: acting(torch.bfloat16), True),
+    "acting tf32": (lambda: acting(torch.float32), True),
+    "acting bf16, median differentiated": (lambda: acting(torch.bfloat16, bandwidth_gradient=True), True),
     "training bf16": (lambda: training(torch.bfloat16), True),
     "training tf32": (lambda: training(torch.float32), True),
     "particles float32": (lambda: particle_step(torch.float32), True),
