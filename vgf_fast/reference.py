@@ -10,7 +10,6 @@ Particles, scores and the SVGD direction are float32 at least; the matrix produc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -357,19 +356,19 @@ def value_gradient_flow(
     optimizer: str = "adam",
     return_trajectory: bool = False,
     evaluate: bool = True,
-    step_: Callable[..., None] = svgd_step_,
 ) -> FlowResult:
     """Move particles [B, N, A] ``steps`` times by the critic's score and the SVGD kernel, each step clipped to [-1, 1].
 
-    ``evaluate`` also returns every member's value at the last particles; ``step_`` is what moves them.
+    ``evaluate`` also returns every member's value at the last particles.
     """
     at_states = critic_at_states(critic, observations, particles.shape[0] * particles.shape[1], backward=steps > 0)
     x = particles.clone()
-    moments = [torch.zeros_like(x), torch.zeros_like(x)] if optimizer == "adam" else [None, None]
+    zeros = (torch.zeros_like(x), torch.zeros_like(x))
+    moments: tuple[Tensor | None, Tensor | None] = zeros if optimizer == "adam" else (None, None)
     trajectory = [x.clone()] if return_trajectory else []
     for step in range(1, steps + 1):
         score = at_states.score(x, q_aggregation)
-        step_(x, score, *moments, step, step_size, temperature, bandwidth_gradient, repulsion, optimizer)
+        svgd_step_(x, score, *moments, step, step_size, temperature, bandwidth_gradient, repulsion, optimizer)
         if return_trajectory:
             trajectory.append(x.clone())
     q = at_states.values(x) if evaluate else None
