@@ -248,11 +248,11 @@ class TestBackends:
         ],
     )
     def test_what_the_kernels_cannot_take_is_refused_by_name(self, critic, particles, message, device):
-        states, particles = STATES.to(device), particles.to(device)
+        critic, states, particles = copy.deepcopy(critic).to(device), STATES.to(device), particles.to(device)
         with pytest.raises(ValueError, match=message):
-            vgf.value_gradient_flow(critic.to(device), states, particles, BUDGET, backend="triton")
+            vgf.value_gradient_flow(critic, states, particles, BUDGET, backend="triton")
         with pytest.raises(ValueError, match=message):
-            vgf.critic_value_and_score(critic.to(device), states, particles, backend="triton")
+            vgf.critic_value_and_score(critic, states, particles, backend="triton")
         if device == "cpu":
             assert vgf.value_gradient_flow(critic, states, particles, BUDGET).particles.shape == particles.shape
 
@@ -308,6 +308,7 @@ class TestBackends:
         assert vgf.behavior_flow(velocity, states, particles, 2, backend="triton").shape == (0, 5, 2)
         assert vgf.value_gradient_flow(critic, states, particles, BUDGET, backend="triton").q.shape == (2, 0, 5)
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU looking at the weights would wait for it")
     @pytest.mark.parametrize(("group", "value"), [("weights", float("nan")), ("biases", float("inf"))])
     def test_broken_weights_are_named_where_looking_costs_no_wait(self, group, value):
         critic, velocity = copy.deepcopy(CRITIC), copy.deepcopy(VELOCITY)
