@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "profiling" / "results" / "resources.json"
 # One process each; the halves take about as long.
 TARGETS = (("sm_80", "sm_90"), ("sm_100", "gfx942"))
-SCENARIOS = ("flow bf16", "training bf16", "particles float32")
+SCENARIOS = ("flow bf16", "acting bf16", "training bf16", "particles float32")
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # Kernels whose time is that of their matrix products: these must be of the unit's full rate.
 HOT = ("flow_step_kernel", "critic_kernel", "behavior_flow_kernel")
