@@ -226,9 +226,9 @@ def test_a_signal_saves_and_the_run_goes_on(data, finished, tmp_path, monkeypatc
 KILL_POINTS = [
     *(("os.replace", number) for number in (1, 3, 4, 5, 6, 7, 8)),
     *(("os.fsync", number) for number in (1, 9, 11)),
-    ("learner.update", 1),
-    ("learner.update", 6),
-    ("learner.update", 11),
+    ("update", 1),
+    ("update", 6),
+    ("update", 11),
     ("evaluation", 3),
     ("row", 3),
 ]
@@ -282,7 +282,7 @@ KILLER = """
                 run.CsvLog.__init__ = torn
             else:
                 owners = {"os.replace": (os, "replace"), "os.fsync": (os, "fsync")}
-                owners |= {"learner.update": (Learner, "update"), "evaluation": (Simulator, "step")}
+                owners |= {"update": (Learner, "_update"), "evaluation": (Simulator, "step")}
                 arm(*owners[place])
             cli.main([f"{folder}/{index}" if one == "OUT" else one for one in arguments])
             os._exit(0)

@@ -53,7 +53,7 @@ import json, torch
 from unittest import mock
 from profiling import resources
 from vgf_fast.kernels import launch
-wide = launch.BlockLaunch(block_m=64, block_n=512, block_k=64, rows=16, num_warps=4, num_stages=3)
+wide = launch.BlockLaunch(block_m=64, block_n=512, block_k=64, rows=16, num_warps=4, num_stages=1)
 with mock.patch.object(launch, "rows_block", return_value=wide), resources.recorded() as launches:
     resources.flow(torch.bfloat16)
 found = next(x for x in launches if x.kernel.__name__ == "critic_kernel")

@@ -120,20 +120,20 @@ class TestCache:
 
 def train(dataset, device, steps, **options):
     learner = vgf.Learner(vgf.VGFPolicy(CONFIG, device=device, backend="triton"), TRAIN, **options)
-    records = learner.fit(dataset, steps, log_interval=4, progress=False)
+    records = learner.fit(dataset, steps, log_interval=3, progress=False)
     return learner, records
 
 
 def test_fit_by_replays_gives_the_same(dataset, device, recorded, monkeypatch):
-    monkeypatch.setattr(vgf_fast.learner, "UPDATES_A_REPLAY", 3)
-    plain, plain_records = train(dataset, device, 12, cuda_graph=False)
+    monkeypatch.setattr(vgf_fast.learner, "UPDATES_A_REPLAY", 2)
+    plain, plain_records = train(dataset, device, 9, cuda_graph=False)
     assert recorded == []
     monkeypatch.setattr(vgf.Learner, "_can_capture", lambda self: True)
-    learner, records = train(dataset, device, 12)
-    # Three at a time and one at a time, to the logs after 4, 8 and 12 updates.
+    learner, records = train(dataset, device, 9)
+    # Two at a time and one at a time, to the logs after 3, 6 and 9 updates.
     assert len(recorded) == 2
     assert records == plain_records
-    assert [record["step"] for record in records] == [4, 8, 12]
+    assert [record["step"] for record in records] == [3, 6, 9]
     assert torch.equal(learner.generator.get_state(), plain.generator.get_state())
     for ours, theirs in zip(learner.policy.parameters(), plain.policy.parameters(), strict=True):
         assert torch.equal(ours, theirs)
