@@ -36,7 +36,7 @@ def load_profiling():
 
 
 load_profiling()
-from profiling import eager, records, report  # noqa: E402
+from profiling import compare, eager, records, report  # noqa: E402
 from profiling.worker import Job, Sizes, random_batch  # noqa: E402
 
 
@@ -271,3 +271,39 @@ class TestReport:
         text = report.times(path)
         assert "| vgf_fast, float32 | 0.50 | 0.50 | 1 |" in text
         assert "`cpu.jsonl` (2026-01-02, a CPU)" in text
+
+
+class TestCompare:
+    COMMITTED = REPOSITORY / "profiling" / "results" / "cpu.jsonl"
+
+    def write(self, path, **factors):
+        """The committed records with the medians of some methods multiplied."""
+        found = [
+            dataclasses.replace(record, p50=record.p50 * factors.get(record.method.replace("-", "_"), 1.0))
+            for record in records.read(self.COMMITTED)
+        ]
+        records.append(path, found)
+        return str(path)
+
+    def test_a_file_is_no_slower_than_itself(self, capsys):
+        assert compare.main([str(self.COMMITTED), str(self.COMMITTED)]) == 0
+        assert "update ours-float32" in capsys.readouterr().out
+
+    def test_what_is_slower_than_the_noise_is_flagged(self, tmp_path, capsys):
+        slow = self.write(tmp_path / "slow.jsonl", ours_bfloat16=2.0)
+        assert compare.main([str(self.COMMITTED), slow]) == 1
+        flagged = [line for line in capsys.readouterr().out.splitlines() if "SLOWER" in line]
+        assert flagged
+        assert all("ours-bfloat16" in line for line in flagged)
+        assert compare.main([slow, str(self.COMMITTED)]) == 0
+
+    def test_a_slower_machine_is_not_a_slower_program(self, tmp_path):
+        every = {"ours_float32": 3.0, "ours_bfloat16": 3.0, "eager_float32": 3.0, "jax_release": 3.0}
+        assert compare.main([str(self.COMMITTED), self.write(tmp_path / "busy.jsonl", **every)]) == 0
+
+    def test_nothing_in_common(self, tmp_path, capsys):
+        other = tmp_path / "other.jsonl"
+        records.append(other, [dataclasses.replace(r, device="another") for r in records.read(self.COMMITTED)])
+        assert compare.main([str(self.COMMITTED), str(other)]) == 2
+        assert "nothing to compare" in capsys.readouterr().out
+        assert compare.main([str(self.COMMITTED), str(tmp_path / "missing.jsonl")]) == 2

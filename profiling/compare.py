@@ -1,0 +1,116 @@
+"""Is anything slower than before? ``python -m profiling.compare BEFORE.jsonl AFTER.jsonl``; exit status 1 if so.
+
+Records of the same benchmark, method, dtype, sizes, device and threads are compared, the newest of each file. A method
+is slower if its median grew by more than the noise: the wider of the two relative spreads between the 20th and the 80th
+percentile. Where both files have the same peer in the same benchmark, times are first divided by its, so that a slower
+day of the machine is not taken for a slower program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from profiling import records
+from profiling.bench import say
+from profiling.records import Record
+
+PEERS = ("jax-release", "eager-float32")
+Key = tuple[object, ...]
+
+
+class Comparison(NamedTuple):
+    """One method before and after."""
+
+    name: str
+    ratio: float  # of the times, after by before; below 1 is faster
+    noise: float  # relative
+    peer: str | None  # whose time both were divided by
+
+    @property
+    def slower(self) -> bool:
+        """By more than the noise."""
+        return self.ratio > 1.0 + self.noise
+
+
+def key(record: Record) -> Key:
+    """What two records must have in common to be compared."""
+    return (
+        record.benchmark,
+        record.method,
+        record.dtype,
+        record.device,
+        record.threads,
+        record.matmul_precision,
+        tuple(sorted(record.sizes.items())),
+    )
+
+
+def newest(found: Sequence[Record]) -> dict[Key, Record]:
+    """The last record of every key that has a time."""
+    timed = (record for record in found if record.p50 is not None)
+    return {key(record): record for record in sorted(timed, key=lambda record: record.date)}
+
+
+def _noise(record: Record) -> float:
+    assert record.p20 is not None
+    assert record.p50 is not None
+    assert record.p80 is not None
+    return (record.p80 - record.p20) / record.p50
+
+
+def _peer(record: Record, method: str, found: dict[Key, Record]) -> float | None:
+    """The time of a peer in the same benchmark on the same machine."""
+    for other in found.values():
+        same = (other.benchmark, other.device, other.threads, other.sizes)
+        if other.method == method and same == (record.benchmark, record.device, record.threads, record.sizes):
+            return other.p50
+    return None
+
+
+def compare(before: Sequence[Record], after: Sequence[Record]) -> list[Comparison]:
+    """Every method that both have, in the order of the first."""
+    old, new = newest(before), newest(after)
+    comparisons = []
+    for first, second in ((old[k], new[k]) for k in old if k in new):
+        assert first.p50 is not None
+        assert second.p50 is not None
+        ratio, by = second.p50 / first.p50, None
+        for peer in () if first.method in PEERS else PEERS:
+            then, now = _peer(first, peer, old), _peer(second, peer, new)
+            if then and now:
+                ratio, by = ratio / (now / then), peer
+                break
+        name = f"{first.benchmark} {first.method}"
+        comparisons.append(Comparison(name, ratio, max(_noise(first), _noise(second)), by))
+    return comparisons
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the ratios; the exit status is 1 when a method of ours became slower, 2 when nothing can be compared."""
+    parser = argparse.ArgumentParser(prog="python -m profiling.compare", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("before", metavar="BEFORE.jsonl")
+    parser.add_argument("after", metavar="AFTER.jsonl")
+    options = parser.parse_args(arguments)
+    try:
+        comparisons = compare(records.read(options.before), records.read(options.after))
+    except (OSError, ValueError) as error:
+        say(f"error: {error}")
+        return 2
+    if not comparisons:
+        say("nothing to compare: no benchmark of the same method, sizes, dtype, device and threads is in both")
+        return 2
+    width = max(len(comparison.name) for comparison in comparisons)
+    slower = False
+    for comparison in comparisons:
+        by = f", by {comparison.peer}'s" if comparison.peer else ""
+        mark = "  SLOWER" if comparison.slower else ""
+        say(f"{comparison.name:<{width}}  x {comparison.ratio:.2f}  noise {comparison.noise:.2f}{by}{mark}")
+        slower |= comparison.slower and comparison.name.split()[-1] not in PEERS
+    return int(slower)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
