@@ -76,28 +76,44 @@ def dataset(device):
 
 
 class TestCache:
-    def run(self, cache, key, x):
-        capture = cache.get(key, lambda t: (t + 1.0,), lambda: (torch.zeros_like(x),))
-        if capture is None:
-            return None
-        capture.inputs[0].copy_(x)
-        capture.replay()
-        return capture.outputs[0].clone()
+    def run(self, cache, key, x, **options):
+        return cache.run(key, lambda t: (t + 1.0,), (x,), **options)[0]
 
     def test_the_second_call_of_a_key_records(self, recorded):
         cache, x = graphs.GraphCache("work"), torch.arange(3.0)
-        assert self.run(cache, 1, x) is None
-        assert torch.equal(self.run(cache, 1, x), x + 1.0)
-        assert torch.equal(self.run(cache, 1, 2.0 * x), 2.0 * x + 1.0)
-        assert self.run(cache, 2, x) is None
+        for factor in (1.0, 2.0, 3.0):
+            assert torch.equal(self.run(cache, 1, factor * x), factor * x + 1.0)
         assert len(recorded) == 1
+        self.run(cache, 2, x)
+        assert len(recorded) == 1
+
+    def test_results_outlive_the_next_replay(self, recorded):
+        cache, x = graphs.GraphCache("work"), torch.arange(3.0)
+        results = [self.run(cache, 1, factor * x) for factor in (1.0, 2.0, 3.0)]
+        assert torch.equal(results[1], 2.0 * x + 1.0)
+
+    def test_inputs_are_padded_alike_before_and_after_recording(self, recorded):
+        cache, seen = graphs.GraphCache("work"), []
+
+        def function(t):
+            seen.append(t.shape)
+            return (t + 1.0,)
+
+        for rows in (3, 2, 4):
+            x = torch.arange(float(rows))
+            assert torch.equal(cache.run(1, function, (x,), rows=4)[0][:rows], x + 1.0)
+        assert set(seen) == {(4,)}
 
     def test_the_oldest_is_forgotten(self, recorded):
         cache, x = graphs.GraphCache("work", limit=2), torch.arange(3.0)
         for key in (1, 1, 2, 2, 1, 3):
             self.run(cache, key, x)
-        assert self.run(cache, 1, x) is not None
-        assert self.run(cache, 2, x) is None
+        assert len(recorded) == 2
+        self.run(cache, 1, x)
+        assert len(recorded) == 2
+        for _ in range(2):
+            self.run(cache, 2, x)
+        assert len(recorded) == 3
 
     def test_failure_is_said_once_and_leaves_no_graph(self, monkeypatch, caplog):
         def capture(function, inputs, generators):
@@ -105,7 +121,8 @@ class TestCache:
 
         monkeypatch.setattr(graphs, "capture", capture)
         cache, x = graphs.GraphCache("acting"), torch.arange(3.0)
-        assert [self.run(cache, 1, x) for _ in range(4)] == [None] * 4
+        for _ in range(4):
+            assert torch.equal(self.run(cache, 1, x), x + 1.0)
         (record,) = caplog.records
         assert "acting runs without a CUDA graph" in record.message
         assert "not permitted when stream is capturing" in record.message
@@ -115,7 +132,8 @@ class TestCache:
         self.run(cache, 1, x)
         for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
             assert (other.work, other.limit) == ("work", 3)
-            assert self.run(other, 1, x) is None
+            self.run(other, 1, x)
+            assert recorded == []
 
 
 def train(dataset, device, steps, **options):
@@ -165,6 +183,23 @@ def test_updates_by_replays_give_the_same(dataset, device, recorded, monkeypatch
         assert learner.step == 5
     assert len(recorded) == 1
     assert histories[0] == histories[1]
+
+
+@pytest.mark.parametrize("selection", ["max", "softmax"])
+def test_acting_by_replays_gives_the_same(device, recorded, monkeypatch, selection):
+    """Batches of three and four states share a recording, padded to four."""
+    policy = vgf.VGFPolicy(CONFIG, device=device, backend="triton")
+    states = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    actions = []
+    for flag in (False, True):
+        monkeypatch.setattr(vgf.VGFPolicy, "_can_capture", lambda self, flag=flag: flag)
+        generator = torch.Generator(device).manual_seed(0)
+        actions.append(
+            [policy.sample_actions(states[:n], generator=generator, selection=selection) for n in (3, 4, 3, 1)]
+        )
+    assert len(recorded) == 1
+    for plain, graphed in zip(*actions, strict=True):
+        assert torch.equal(plain, graphed)
 
 
 @needs_gpu

@@ -54,6 +54,38 @@ class GraphCache:
     def __reduce__(self) -> tuple[type[GraphCache], tuple[str, int]]:
         return GraphCache, (self.work, self.limit)
 
+    def run(
+        self,
+        key: Hashable,
+        function: Function,
+        inputs: tuple[Tensor, ...],
+        rows: int | None = None,
+        generators: Sequence[torch.Generator] = (),
+    ) -> tuple[Tensor, ...]:
+        """``function(*inputs)`` by a replay where there is one; its results are the caller's to keep.
+
+        Inputs are copied to fixed memory, with ``rows`` padded by zeros to so many rows. What is recorded was run on
+        memory of the same shapes before: nothing is left to compile while recording.
+        """
+
+        def make_inputs() -> tuple[Tensor, ...]:
+            return tuple(
+                torch.zeros((len(t) if rows is None else rows, *t.shape[1:]), dtype=t.dtype, device=t.device)
+                for t in inputs
+            )
+
+        def fill(targets: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            for target, source in zip(targets, inputs, strict=True):
+                target[: len(source)].copy_(source)
+            return targets
+
+        found = self.get(key, function, make_inputs, generators)
+        if found is None:
+            return function(*fill(make_inputs()))
+        fill(found.inputs)
+        found.replay()
+        return tuple(output.clone() for output in found.outputs)
+
     def get(
         self,
         key: Hashable,

@@ -408,16 +408,7 @@ class Learner:
         state = [tensor for optimizer in self._optimizers.values() for tensor in _tensors(optimizer)]
         rates = tuple(group["lr"] for optimizer in self._optimizers.values() for group in optimizer.param_groups)
         key = (*work, count, rates, addresses([*self.policy.parameters(), *state]))
-        capture = self._graphs.get(
-            key, several, lambda: tuple(torch.empty_like(tensor) for tensor in inputs), [self.generator]
-        )
-        if capture is None:
-            values = several(*inputs)[0]
-        else:
-            for target, source in zip(capture.inputs, inputs, strict=True):
-                target.copy_(source)
-            capture.replay()
-            values = capture.outputs[0].clone()
+        (values,) = self._graphs.run(key, several, inputs, generators=[self.generator])
         self.step += count
         return dict(zip(METRICS, values.unbind(), strict=True))
 

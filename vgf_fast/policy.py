@@ -155,22 +155,16 @@ class VGFPolicy(nn.Module):
 
         batch = len(states)
         bucket = 1 << (batch - 1).bit_length()
-        capture = None
-        if self.cuda_graph and self.device.type == "cuda" and bucket <= MAX_GRAPH_STATES:
-            capture = self._graphs.get(
-                (
-                    *(bucket, budget, selection, states.dtype, self.config, self.one_launch),
-                    graphs.addresses(list(self.parameters())),
-                ),
-                act,
-                lambda: tuple(torch.zeros((bucket, *t.shape[1:]), dtype=t.dtype, device=t.device) for t in inputs),
-            )
-        if capture is None:
+        if bucket > MAX_GRAPH_STATES or not self._can_capture():
             return act(*inputs)[0]
-        for target, source in zip(capture.inputs, inputs, strict=True):
-            target[:batch].copy_(source)
-        capture.replay()
-        return capture.outputs[0][:batch].clone()
+        key = (
+            *(bucket, budget, selection, states.dtype, self.config, self.one_launch),
+            graphs.addresses(list(self.parameters())),
+        )
+        return self._graphs.run(key, act, inputs, rows=bucket)[0][:batch]
+
+    def _can_capture(self) -> bool:
+        return self.cuda_graph and self.device.type == "cuda"
 
     def predict(
         self,
