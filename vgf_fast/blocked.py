@@ -15,6 +15,7 @@ from torch import Tensor
 from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights, activate_, activation_backward
 
 CHUNK_ENTRIES = 640 * 512  # of one layer's activations: rows whose activations stay in the caches
+MIN_BLOCKED = 256 * 256  # entries of a weight from which on another layout is faster
 MIN_ROWS = 256  # from which on laying out the weights for one use pays
 
 
@@ -75,8 +76,15 @@ class BlockedMLP(NamedTuple):
 
 
 def block(mlp: MLPWeights, observation_dim: int, rows: int, backward: bool) -> BlockedMLP:
-    """Lay out a stack on [state, rest]; ``backward`` for gradients with respect to the rest too. A copy is made."""
-    reorder = torch.ops.mkldnn._reorder_linear_weight
+    """Lay out a stack on [state, rest]; ``backward`` for gradients with respect to the rest too."""
+
+    def lay_out(weight: Tensor) -> Tensor:
+        """A weight [out, in]; small ones lie in the cache as they are."""
+        weight = weight.contiguous()
+        if weight.numel() < MIN_BLOCKED:
+            return weight
+        return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
     mlp = mlp.detach()
     members = []
     for e in range(mlp.weights[0].shape[0]):
@@ -84,8 +92,8 @@ def block(mlp: MLPWeights, observation_dim: int, rows: int, backward: bool) -> B
         bias, *biases, head_bias = (vector[e] for vector in mlp.biases)
         layers = tuple(
             Layer(
-                reorder(weight.t().contiguous(), rows),
-                reorder(weight.contiguous(), rows) if backward else None,
+                lay_out(weight.t()),
+                lay_out(weight) if backward else None,
                 vector.clone(),
             )
             for weight, vector in zip(hidden, biases, strict=True)
