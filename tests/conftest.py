@@ -1,6 +1,7 @@
 """Before any test: kernels run in Triton's interpreter where there is no GPU, and PyTorch on one thread."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # Small tensors gain nothing from threads, and tests run side by side.
 torch.set_num_threads(1)
+# A shell's background job starts with Ctrl-C ignored, and so would everything the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
