@@ -25,8 +25,10 @@ from profiling.records import Record
 from profiling.worker import BENCHMARKS, Job, Sizes
 
 JAX_METHOD, EAGER_METHOD = "jax-release", "eager-float32"
-TORCH_METHODS = ("ours-float32", "ours-bfloat16", EAGER_METHOD)
-METHODS = (*TORCH_METHODS, JAX_METHOD)
+COMPILE_METHODS = {"float32": "compile-float32", "bfloat16": "compile-bfloat16"}
+# On a CPU this library's backend is PyTorch already.
+BACKEND_METHODS = ("torch-float32", "torch-bfloat16")
+METHODS = ("ours-float32", "ours-bfloat16", *BACKEND_METHODS, EAGER_METHOD, *COMPILE_METHODS.values(), JAX_METHOD)
 DEFAULT_ROUNDS = {"update": 20, "act": 200, "memory": 3}
 QUICK_ROUNDS = 2
 OWN_FACTS = ("dtype", "device", "threads", "matmul_precision")
@@ -129,7 +131,7 @@ def parse(arguments: Sequence[str] | None) -> Plan:
     """The plan of a command line; exits with a message when it cannot be carried out."""
     parser = argparse.ArgumentParser(prog="python -m profiling.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("benchmarks", nargs="+", choices=("update", "act", "memory"), help="what to measure")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all")
     parser.add_argument("--jax-release", metavar="DIR", help="checkout of the public JAX release; without it, skipped")
     parser.add_argument("--jax-python", metavar="PYTHON", default=sys.executable, help="interpreter that has jax")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
@@ -151,12 +153,16 @@ def parse(arguments: Sequence[str] | None) -> Plan:
             parser.error(f"--{name.replace('_', '-')} is {value}, expected an integer >= 1")
     if options.threads > machine.usable_cores():
         parser.error(f"--threads is {options.threads}, expected at most {machine.usable_cores()}: the cores there are")
+    device = options.device or ("cuda" if _has_cuda() else "cpu")
+    methods = tuple(dict.fromkeys(options.methods or METHODS))
+    if not options.methods and device == "cpu":
+        methods = tuple(method for method in methods if method not in BACKEND_METHODS)
     return Plan(
         benchmarks=tuple(dict.fromkeys(options.benchmarks)),
-        methods=tuple(dict.fromkeys(options.methods)),
+        methods=methods,
         jax_release=os.path.abspath(options.jax_release) if options.jax_release else None,
         jax_python=os.path.abspath(options.jax_python) if os.sep in options.jax_python else options.jax_python,
-        device=options.device or ("cuda" if _has_cuda() else "cpu"),
+        device=device,
         threads=options.threads,
         rounds=options.rounds,
         seconds=options.seconds,
@@ -271,6 +277,7 @@ def measure(plan: Plan, kind: str, benchmark: str) -> list[Record]:
                     p80=p80,
                     ratio_to_jax=records.paired_ratio(timed, times.get(JAX_METHOD, [])),
                     ratio_to_eager=records.paired_ratio(timed, times.get(EAGER_METHOD, [])),
+                    ratio_to_compile=records.paired_ratio(timed, times.get(COMPILE_METHODS.get(own["dtype"], ""), [])),
                 )
             )
         return found
@@ -287,6 +294,7 @@ def show(found: Sequence[Record]) -> None:
         **{f"{name} ms": [_cell(getattr(record, name), 1e3, 2) for record in found] for name in ("p20", "p50", "p80")},
         "x JAX": [_cell(record.ratio_to_jax, 1.0, 2) for record in found],
         "x eager": [_cell(record.ratio_to_eager, 1.0, 2) for record in found],
+        "x compile": [_cell(record.ratio_to_compile, 1.0, 2) for record in found],
         "peak MiB": [_cell(record.peak_bytes, 2.0**-20, 0) for record in found],
         "built MiB": [_cell(record.built_bytes, 2.0**-20, 0) for record in found],
     }

@@ -132,17 +132,30 @@ class EagerAgent:
             trajectory.append(x.clone())
         return trajectory
 
+    def draws(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The random numbers of one update, as ``vgf_fast.Learner.update`` takes them."""
+        size, width = batch["actions"].shape
+        return {
+            "particles": torch.randn(size, self.config.particles, width, device=self.device, dtype=self.dtype),
+            "bc_x0": torch.randn_like(batch["actions"]),
+            "bc_t": torch.rand(size, 1, device=self.device, dtype=self.dtype),
+        }
+
+    def acting_noise(self) -> Tensor:
+        """The random numbers [N, A] of one action."""
+        return torch.randn(self.config.particles, self.config.action_dim, device=self.device, dtype=self.dtype)
+
+    @torch.no_grad()
+    def _move_target(self) -> None:
+        """The target critic a part of the way to the critic."""
+        for target, parameter in zip(self.target_critic.parameters(), self.critic.parameters(), strict=True):
+            target.mul_(1.0 - self.train.tau).add_(parameter, alpha=self.train.tau)
+
     def update(self, batch: Mapping[str, Tensor], noise: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """One training update; ``batch`` and ``noise`` as ``vgf_fast.Learner.update`` takes them."""
         observations, actions = batch["observations"], batch["actions"]
-        size, n = actions.shape[0], self.config.particles
-        if noise is None:
-            noise = {
-                "particles": torch.randn(size, n, actions.shape[1], device=self.device, dtype=self.dtype),
-                "bc_x0": torch.randn_like(actions),
-                "bc_t": torch.rand(size, 1, device=self.device, dtype=self.dtype),
-            }
-        states = batch["next_observations"].unsqueeze(1).expand(-1, n, -1)
+        noise = self.draws(batch) if noise is None else noise
+        states = batch["next_observations"].unsqueeze(1).expand(-1, self.config.particles, -1)
         moved = self.flow(states, self.draw(states, noise["particles"]), self.config.train_budget)[-1]
         with torch.no_grad():
             next_q = self._aggregate(self.target_critic(states, moved), self.config.target_q_aggregation).mean(dim=1)
@@ -156,10 +169,7 @@ class EagerAgent:
         self.critic_optimizer.zero_grad()
         self.behavior_optimizer.zero_grad()
         (critic_loss + behavior_loss).backward()
-        with torch.no_grad():
-            pairs = zip(self.target_critic.parameters(), self.critic.parameters(), strict=True)
-            for target_parameter, parameter in pairs:
-                target_parameter.mul_(1.0 - self.train.tau).add_(parameter, alpha=self.train.tau)
+        self._move_target()
         self.critic_optimizer.step()
         self.behavior_optimizer.step()
         return {"critic_loss": critic_loss.detach(), "bc_loss": behavior_loss.detach()}
@@ -167,9 +177,7 @@ class EagerAgent:
     @torch.no_grad()
     def sample_actions(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
         """Action [A] for one observation [O]; ``noise`` [N, A] are the numbers the particles start from."""
-        if noise is None:
-            shape = (self.config.particles, self.config.action_dim)
-            noise = torch.randn(shape, device=self.device, dtype=self.dtype)
+        noise = self.acting_noise() if noise is None else noise
         states = observation.expand(1, self.config.particles, -1)
         x = self.flow(states, self.draw(states, noise.unsqueeze(0)), self.config.test_budget)[-1]
         q = self._aggregate(self.critic(states, x), self.config.target_q_aggregation)

@@ -39,6 +39,7 @@ class Record:
     ratio_to_eager: float | None  # likewise by the eager implementation's
     peak_bytes: int  # of the method's own process (CPU) or of its allocations (GPU)
     built_bytes: int  # the same before the first call
+    ratio_to_compile: float | None = None  # as ratio_to_eager, by torch.compile's in the same dtype
 
     def to_json(self) -> str:
         """One line; ``read`` reads it back."""

@@ -1,4 +1,4 @@
-"""The PyTorch methods as workers: this library in float32 and bfloat16, and the eager baseline."""
+"""The PyTorch methods as workers: this library on either backend, the eager baseline, and that compiled."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from profiling import machine
+from profiling.compiled import CompiledAgent
 from profiling.eager import EagerAgent
 from profiling.worker import Array, Job, Method, Sizes, serve
 from vgf_fast import Learner, TrainConfig, TransportBudget, VGFConfig, VGFPolicy
+from vgf_fast.functional import Backend
 
 
 def configurations(sizes: Sizes, precision: str = "float32") -> tuple[VGFConfig, TrainConfig]:
@@ -40,6 +42,9 @@ class TorchMethod(Method):
         machine.limit_cores(job.threads)
         torch.set_num_threads(job.threads)
         self.device = torch.device(job.device)
+        if self.device.type == "cuda":
+            # As JAX does by default, and this library's kernels.
+            torch.set_float32_matmul_precision("high")
 
     def facts(self) -> dict[str, Any]:
         """See ``Method.facts``."""
@@ -77,12 +82,12 @@ class TorchMethod(Method):
 class Ours(TorchMethod):
     """This library: weights, optimiser and particles in float32; matrix products in ``precision``."""
 
-    def __init__(self, job: Job, precision: str) -> None:
+    def __init__(self, job: Job, precision: str, backend: Backend) -> None:
         super().__init__(job)
         self.dtype = precision
         config, train = configurations(job.sizes, precision)
-        self.learner = Learner(VGFPolicy(config, device=self.device), train)
-        self.acting = VGFPolicy(config, device=self.device).to(getattr(torch, precision))
+        self.learner = Learner(VGFPolicy(config, device=self.device, backend=backend), train)
+        self.acting = VGFPolicy(config, device=self.device, backend=backend).to(getattr(torch, precision))
 
     def update(self, batch: dict[str, Tensor]) -> Any:
         """See ``Method.update``."""
@@ -93,13 +98,23 @@ class Ours(TorchMethod):
         return self.acting.sample_actions(observation)
 
 
-class Eager(TorchMethod):
-    """The straightforward implementation, in float32."""
+class Baseline(TorchMethod):
+    """The straightforward implementation: eager in float32, or compiled, in bfloat16 by autocast."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, precision: str, compiled: bool) -> None:
         super().__init__(job)
+        self.dtype = precision
         config, train = configurations(job.sizes)
-        self.agent = EagerAgent(VGFPolicy(config, device=self.device), train)
+        policy = VGFPolicy(config, device=self.device)
+        self.agent = EagerAgent(policy, train)
+        if compiled:
+            cuda_graphs = self.device.type == "cuda"
+            self.agent = CompiledAgent(
+                policy,
+                train,
+                mode="max-autotune" if cuda_graphs else "max-autotune-no-cudagraphs",
+                autocast=torch.bfloat16 if precision == "bfloat16" else None,
+            )
 
     def update(self, batch: dict[str, Tensor]) -> Any:
         """See ``Method.update``."""
@@ -112,13 +127,15 @@ class Eager(TorchMethod):
 
 def make(job: Job) -> Method:
     """The method of that name. Raises ``ValueError`` for an unknown one."""
-    if job.method == "ours-float32":
-        return Ours(job, "float32")
-    if job.method == "ours-bfloat16":
-        return Ours(job, "bfloat16")
-    if job.method == "eager-float32":
-        return Eager(job)
-    raise ValueError(f"method is {job.method!r}, expected 'ours-float32', 'ours-bfloat16' or 'eager-float32'")
+    implementation, _, precision = job.method.partition("-")
+    if precision in ("float32", "bfloat16"):
+        if implementation in ("ours", "torch"):
+            return Ours(job, precision, "auto" if implementation == "ours" else "torch")
+        if implementation == "compile" or job.method == "eager-float32":
+            return Baseline(job, precision, compiled=implementation == "compile")
+    raise ValueError(
+        f"method is {job.method!r}, expected ours-, torch- or compile- with float32 or bfloat16, or eager-float32"
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def load_profiling():
 
 
 load_profiling()
-from profiling import compare, eager, records, report  # noqa: E402
+from profiling import bench, compare, compiled, eager, records, report  # noqa: E402
 from profiling.worker import Job, Sizes, random_batch  # noqa: E402
 
 
@@ -47,6 +47,13 @@ def run_module(name, *arguments):
 
 def tiny_flags():
     return [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", value)]
+
+
+def compiled_agent(policy, train):
+    return compiled.CompiledAgent(policy, train, backend="eager")
+
+
+AGENTS = pytest.mark.parametrize("make_agent", [eager.EagerAgent, compiled_agent], ids=["eager", "compiled"])
 
 
 # --- the eager baseline ----------------------------------------------------------------------------------------------
@@ -90,18 +97,20 @@ def transitions(config, batch):
     return {name: torch.from_numpy(array).double() for name, array in data.items()}
 
 
+@pytest.mark.parametrize("module", [eager, compiled], ids=["eager", "compiled"])
 @pytest.mark.parametrize("particles", [1, 2, 7, 10])
-def test_eager_direction_is_the_reference_direction(particles):
+def test_eager_direction_is_the_reference_direction(particles, module):
     generator = torch.Generator().manual_seed(particles)
     x, score = (torch.randn(6, particles, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     expected = reference.svgd_direction(x, score, temperature=0.1)
-    torch.testing.assert_close(eager.svgd_direction(x, score, 0.1), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(module.svgd_direction(x, score, 0.1), expected, rtol=1e-9, atol=1e-9)
 
 
+@AGENTS
 @pytest.mark.parametrize("aggregation", ["mean", "min"])
-def test_eager_flow_follows_the_reference_trajectory(policy, aggregation):
+def test_eager_flow_follows_the_reference_trajectory(policy, aggregation, make_agent):
     policy.config = dataclasses.replace(policy.config, flow_q_aggregation=aggregation)
-    agent = eager.EagerAgent(policy, TrainConfig())
+    agent = make_agent(policy, TrainConfig())
     observations = transitions(policy.config, 6)["observations"]
     noise = draws(policy.config, 6)["particles"]
     states = observations.unsqueeze(1).expand(-1, policy.config.particles, -1)
@@ -115,17 +124,19 @@ def test_eager_flow_follows_the_reference_trajectory(policy, aggregation):
     torch.testing.assert_close(torch.stack(agent.flow(states, drawn, budget)), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_eager_acts_as_the_policy(policy):
-    agent = eager.EagerAgent(policy, TrainConfig())
+@AGENTS
+def test_eager_acts_as_the_policy(policy, make_agent):
+    agent = make_agent(policy, TrainConfig())
     observation = transitions(policy.config, 1)["observations"][0]
     noise = draws(policy.config, 1)["particles"][0]
     expected = policy.sample_actions(observation, noise=noise)
     torch.testing.assert_close(agent.sample_actions(observation, noise), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_eager_update_is_the_learners(policy):
+@AGENTS
+def test_eager_update_is_the_learners(policy, make_agent):
     train = TrainConfig(batch_size=6, tau=0.1)
-    agent = eager.EagerAgent(policy, train)
+    agent = make_agent(policy, train)
     before = [parameter.detach().clone() for parameter in policy.parameters()]
     learner = Learner(policy, train)
     batch, noise = transitions(policy.config, 6), draws(policy.config, 6)
@@ -174,12 +185,12 @@ def test_job_survives_its_json():
 
 def test_bench_writes_records(tmp_path):
     out = tmp_path / "folder" / "records.jsonl"
+    methods = ["ours-float32", "ours-bfloat16", "eager-float32"]
     flags = ["--device", "cpu", "--threads", 1, "--quick", "--out", out, *tiny_flags()]
-    done = run_module("profiling.bench", "update", "act", *flags)
+    done = run_module("profiling.bench", "update", "act", "--methods", *methods, "jax-release", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "jax-release: skipped, --jax-release was not given" in done.stdout
     found = records.read(out)
-    methods = ["ours-float32", "ours-bfloat16", "eager-float32"]
     assert [(r.benchmark, r.method) for r in found] == [(b, m) for b in ("update", "act") for m in methods]
     for record in found:
         assert record.dtype == record.method.partition("-")[2]
@@ -196,6 +207,12 @@ def test_bench_writes_records(tmp_path):
         assert record.method in done.stdout
     assert all(r.ratio_to_eager == 1.0 for r in found if r.method == "eager-float32")
     assert set(json.loads(out.read_text().splitlines()[0])) == {f.name for f in dataclasses.fields(records.Record)}
+
+
+def test_bench_measures_every_peer_unless_told_otherwise():
+    assert bench.parse(["update", "--device", "cuda"]).methods == bench.METHODS
+    on_a_cpu = bench.parse(["update", "--device", "cpu"]).methods
+    assert set(bench.METHODS) - set(on_a_cpu) == {"torch-float32", "torch-bfloat16"}
 
 
 def test_bench_skips_a_release_that_is_not_there(tmp_path):
