@@ -14,15 +14,38 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from profiling import machine
-from profiling.bench import say
+from profiling.bench import BACKEND_METHODS, COMPILE_METHODS, METHODS, say
 
 TOTAL_SECONDS = 520.0
-TEST_SECONDS = 230.0
-# Rounds of a benchmark begin no later than this; starting its processes comes on top.
-ROUND_SECONDS = {"update": 40.0, "act": 30.0, "memory": 15.0}
+TEST_SECONDS = 180.0
 RECORDS_FILE = "gpu.jsonl"
+# The compiler needs minutes, so what it does not take part in comes first.
+WITHOUT_COMPILER = [method for method in METHODS if method not in COMPILE_METHODS.values()]
+# Ratios are within a run, so the run with the compiler has the others too.
+WITH_COMPILER = [method for method in METHODS if method not in BACKEND_METHODS]
+
+
+class Part(NamedTuple):
+    """A measurement: its module and arguments, when its last round may begin, and when it is ended."""
+
+    name: str
+    command: list[str]
+    round_seconds: float
+    limit_seconds: float
+
+
+PARTS = (
+    Part("update", ["bench", "update", "--methods", *WITHOUT_COMPILER], 20.0, 100.0),
+    Part("act", ["bench", "act", "--methods", *WITHOUT_COMPILER], 20.0, 80.0),
+    Part("update, compiled", ["bench", "update", "--methods", *WITH_COMPILER], 80.0, 120.0),
+    Part("act, compiled", ["bench", "act", "--methods", *WITH_COMPILER], 60.0, 90.0),
+    Part("ops", ["bench", "ops"], 45.0, 70.0),
+    Part("memory", ["bench", "memory", "--methods", *WITHOUT_COMPILER], 10.0, 60.0),
+)
+ROOFLINE_SECONDS = 60.0
 
 
 def gpu_tests() -> tuple[list[str], list[str]]:
@@ -88,12 +111,21 @@ def run_tests(results: Path, deadline: float) -> bool:
     return passed
 
 
+def measure(name: str, command: list[str], seconds: float) -> bool:
+    """Run one of this folder's programs; whether it went well."""
+    status = run([sys.executable, "-m", f"profiling.{command[0]}", *command[1:]], seconds)
+    if status != 0:
+        say(f"{name}: {'out of time' if status is None else f'exit status {status}'}")
+    return status == 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Test and measure; the exit status is 1 when a test failed or a benchmark gave nothing, 0 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m profiling.gpu", description=(__doc__ or "").partition("\n")[0])
     default = Path(__file__).parent / "results"
     parser.add_argument("--out", metavar="DIR", type=Path, default=default, help="default: profiling/results/")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--jax-release", metavar="DIR", help="checkout of the public JAX release, for the benchmarks")
+    given = parser.parse_args(arguments)
 
     import torch
 
@@ -101,17 +133,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"no GPU that torch {torch.__version__} can use: nothing to do")
         return 0
     start = time.monotonic()
-    results = options.out.resolve()
+    results = given.out.resolve()
     results.mkdir(parents=True, exist_ok=True)
     name = torch.cuda.get_device_name()
     say(f"{name}, driver {machine.gpu_driver()}, torch {torch.__version__}, triton {machine.version('triton')}")
     passed = run_tests(results, start + TEST_SECONDS)
-    for benchmark, seconds in ROUND_SECONDS.items():
-        command = [sys.executable, "-m", "profiling.bench", benchmark, "--device", "cuda", "--seconds", str(seconds)]
-        status = run([*command, "--out", str(results / RECORDS_FILE)], start + TOTAL_SECONDS - time.monotonic())
-        if status != 0:
-            say(f"{benchmark}: {'out of time' if status is None else f'exit status {status}'}")
-            passed = False
+    deadline = start + TOTAL_SECONDS
+    release = ["--jax-release", given.jax_release] if given.jax_release else []
+    for part in PARTS:
+        options = ["--device", "cuda", "--seconds", str(part.round_seconds), "--out", str(results / RECORDS_FILE)]
+        options += release
+        passed &= measure(part.name, [*part.command, *options], min(part.limit_seconds, deadline - time.monotonic()))
+    passed &= measure(
+        "roofline", ["roofline", "--out", str(results)], min(ROOFLINE_SECONDS, deadline - time.monotonic())
+    )
     say(f"records: {results / RECORDS_FILE}; {time.monotonic() - start:.0f} s")
     return 0 if passed else 1
 
