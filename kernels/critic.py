@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, ranges
 from .mlp import critic_block
 from .packing import PackedMLP
 
@@ -222,7 +222,7 @@ def state_share(mlp: PackedMLP, observations: Tensor, precision: str, counter: T
     if batch == 0:
         return share
     config = launch.state_share(hp)
-    with launch.on_device(observations):
+    with launch.on_device(observations), ranges.span("vgf/state_share"):
         state_share_kernel[(triton.cdiv(batch, config.block_m), hp // config.block_n, mlp.members)](
             observations,
             mlp.state,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vgf_fast import functional, reference
 from vgf_fast.config import TransportBudget
+from vgf_fast.kernels import ranges
 from vgf_fast.networks import EnsembleMLP, GaussianBehavior, VelocityField
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def pack(policy: VGFPolicy, dtype: torch.dtype, target: bool = False) -> Packed:
         modules.append(policy.behavior)
     if target:
         modules.append(policy.target_critic)
-    packed = list(pack_many([stack(module) for module in modules], dtype))
+    with ranges.span("vgf/pack"):
+        packed = list(pack_many([stack(module) for module in modules], dtype))
     return Packed(
         packed.pop(0),
         packed.pop(0) if isinstance(policy.behavior, VelocityField) else None,
@@ -70,13 +72,14 @@ def pack(policy: VGFPolicy, dtype: torch.dtype, target: bool = False) -> Packed:
 def draw_particles(policy: VGFPolicy, packed: Packed, observations: Tensor, noise: Tensor) -> Tensor:
     """Particles of the behaviour model: observations [B, O], noise [B, N, A] -> [B, N, A] float32."""
     behavior = policy.behavior
-    if isinstance(behavior, GaussianBehavior):
-        mean = reference.mlp_forward(behavior.stacked().detach(), observations).squeeze(0).to(noise.dtype)
-        return reference.gaussian_sample(mean, behavior.log_std.detach().to(noise.dtype), noise, behavior.tanh)
-    from vgf_fast.kernels.behavior_flow import behavior_flow
+    with ranges.span("vgf/behavior_flow"):
+        if isinstance(behavior, GaussianBehavior):
+            mean = reference.mlp_forward(behavior.stacked().detach(), observations).squeeze(0).to(noise.dtype)
+            return reference.gaussian_sample(mean, behavior.log_std.detach().to(noise.dtype), noise, behavior.tanh)
+        from vgf_fast.kernels.behavior_flow import behavior_flow
 
-    assert packed.behavior is not None
-    return behavior_flow(packed.behavior, observations, noise, policy.config.behavior_steps)
+        assert packed.behavior is not None
+        return behavior_flow(packed.behavior, observations, noise, policy.config.behavior_steps)
 
 
 def flow(
@@ -140,24 +143,25 @@ def act(
             launch.processors(observations.device),
         )
     if few is not None and one_launch:
-        return acting.act(
-            few,
-            critic,
-            observations,
-            noise,
-            config.behavior_steps,
-            budget.steps,
-            budget.step_size,
-            budget.temperature,
-            config.flow_q_aggregation,
-            config.bandwidth_gradient,
-            config.repulsion,
-            config.particle_optimizer,
-            selection,
-            config.selection_temperature,
-            config.target_q_aggregation,
-            uniform=uniform,
-        ).action
+        with ranges.span("vgf/act_in_one_launch"):
+            return acting.act(
+                few,
+                critic,
+                observations,
+                noise,
+                config.behavior_steps,
+                budget.steps,
+                budget.step_size,
+                budget.temperature,
+                config.flow_q_aggregation,
+                config.bandwidth_gradient,
+                config.repulsion,
+                config.particle_optimizer,
+                selection,
+                config.selection_temperature,
+                config.target_q_aggregation,
+                uniform=uniform,
+            ).action
     particles = draw_particles(policy, packed, observations, noise)
     choice = Select(selection, config.selection_temperature, uniform, config.target_q_aggregation)
     chosen = flow(policy, packed, observations, particles, budget, choice).chosen

@@ -17,6 +17,7 @@ from vgf_fast import checkpoints, functional, fused, reference
 from vgf_fast.config import TrainConfig, VGFConfig
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache, addresses
+from vgf_fast.kernels import ranges
 from vgf_fast.networks import VelocityField
 from vgf_fast.policy import VGFPolicy
 from vgf_fast.progress import progress_bar
@@ -98,8 +99,13 @@ class Learner:
 
     def _update(self, data: dict[str, Tensor], draws: dict[str, Tensor]) -> dict[str, Tensor]:
         """One update from checked tensors; on the Triton backend nothing in it waits for the device."""
-        if fused.runs(self.policy, self._compute_dtype()):
-            return self._kernel_update(data, draws)
+        with ranges.span("vgf/update"):
+            if fused.runs(self.policy, self._compute_dtype()):
+                return self._kernel_update(data, draws)
+            return self._torch_update(data, draws)
+
+    def _torch_update(self, data: dict[str, Tensor], draws: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The update in PyTorch."""
         policy, config = self.policy, self.config
         critic, target_critic, behavior = (
             self._compute_weights(module.stacked()) for module in (policy.critic, policy.target_critic, policy.behavior)
@@ -108,18 +114,24 @@ class Learner:
         drawn = policy.draw_particles(states, draws["particles"], behavior.detach())
         moved = policy.flow_particles(states, drawn, policy.config.train_budget, critic.detach(), evaluate=False)
         rows = drawn.shape[0] * drawn.shape[1]
-        next_q = reference.critic_at_states(target_critic, states, rows, backward=False).values(moved.particles)
-        target = functional.td_target(
-            next_q,
-            data["rewards"],
-            data["masks"],
-            config.discount,
-            policy.config.target_q_aggregation,
-            config.target_reduce,
-            backend=policy.backend,
-        )
-        q = reference.member_values(critic, data["observations"], data["actions"])
-        losses = self._plain_step(self._critic_loss(q, target), q, self._behavior_loss(behavior, data, draws), target)
+        with ranges.span("vgf/values"):
+            next_q = reference.critic_at_states(target_critic, states, rows, backward=False).values(moved.particles)
+        with ranges.span("vgf/td_target"):
+            target = functional.td_target(
+                next_q,
+                data["rewards"],
+                data["masks"],
+                config.discount,
+                policy.config.target_q_aggregation,
+                config.target_reduce,
+                backend=policy.backend,
+            )
+        with ranges.span("vgf/td_loss"):
+            q = reference.member_values(critic, data["observations"], data["actions"])
+            critic_loss = self._critic_loss(q, target)
+        with ranges.span("vgf/behavior_loss"):
+            behavior_loss = self._behavior_loss(behavior, data, draws)
+        losses = self._plain_step(critic_loss, q, behavior_loss, target)
         return losses | _particle_metrics(drawn, moved.particles)
 
     def _kernel_update(self, data: dict[str, Tensor], draws: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -137,12 +149,15 @@ class Learner:
         """Gradients of the losses, the target critic, then PyTorch's optimiser."""
         for optimizer in self._optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        (critic_loss + behavior_loss).backward()
+        with ranges.span("vgf/backward"):
+            (critic_loss + behavior_loss).backward()
         # Before the gradient step: the release blends in the critic the gradient was taken at.
         policy, tau = self.policy, self.config.tau
-        reference.polyak_(list(policy.target_critic.parameters()), list(policy.critic.parameters()), tau)
-        for optimizer in self._optimizers.values():
-            optimizer.step()
+        with ranges.span("vgf/target_critic"):
+            reference.polyak_(list(policy.target_critic.parameters()), list(policy.critic.parameters()), tau)
+        with ranges.span("vgf/optimizer"):
+            for optimizer in self._optimizers.values():
+                optimizer.step()
         return {
             "critic_loss": critic_loss.detach(),
             "bc_loss": behavior_loss.detach(),
@@ -159,15 +174,17 @@ class Learner:
         states, actions = data["observations"], data["actions"]
         loss, weight = self._kernel_loss()
         dtype = self._compute_dtype()
-        critic_loss, q = mlp_training.mlp_loss(
-            fused.stack(self.policy.critic), states, actions, target.unsqueeze(1), loss, weight, dtype=dtype
-        )
-        if isinstance(self.policy.behavior, VelocityField):
-            x, velocity = reference.flow_matching_inputs(actions, draws["bc_x0"], draws["bc_t"])
-            stack, time = fused.stack(self.policy.behavior), draws["bc_t"]
-            behavior_loss, _ = mlp_training.mlp_loss(stack, states, x, velocity, time=time, dtype=dtype)
-        else:
-            behavior_loss = self._behavior_loss(self._compute_weights(self.policy.behavior.stacked()), data, draws)
+        with ranges.span("vgf/td_loss"):
+            critic_loss, q = mlp_training.mlp_loss(
+                fused.stack(self.policy.critic), states, actions, target.unsqueeze(1), loss, weight, dtype=dtype
+            )
+        with ranges.span("vgf/behavior_loss"):
+            if isinstance(self.policy.behavior, VelocityField):
+                x, velocity = reference.flow_matching_inputs(actions, draws["bc_x0"], draws["bc_t"])
+                stack, time = fused.stack(self.policy.behavior), draws["bc_t"]
+                behavior_loss, _ = mlp_training.mlp_loss(stack, states, x, velocity, time=time, dtype=dtype)
+            else:
+                behavior_loss = self._behavior_loss(self._compute_weights(self.policy.behavior.stacked()), data, draws)
         return critic_loss, q.squeeze(2), behavior_loss
 
     @torch.no_grad()
@@ -180,23 +197,25 @@ class Learner:
         policy, config = self.policy, self.config
         states, actions = data["observations"], data["actions"]
         loss, weight = self._kernel_loss()
-        critic_loss, q_mean, target_mean = training_step_(
-            fused.stack(policy.critic),
-            packed.critic,
-            Batch(states, actions, target=target.unsqueeze(1)),
-            self._optimizers["critic"],
-            loss,
-            weight,
-            fused.stack(policy.target_critic).parameters,
-            config.tau,
-        ).unbind()
-        if isinstance(policy.behavior, VelocityField):
-            assert packed.behavior is not None
-            batch = Batch(states, actions, draws["bc_t"], draws["bc_x0"])
-            stack = fused.stack(policy.behavior)
-            behavior_loss = training_step_(stack, packed.behavior, batch, self._optimizers["behavior"])[0]
-        else:
-            behavior_loss = self._torch_behavior_step(data, draws)
+        with ranges.span("vgf/td_loss"):
+            critic_loss, q_mean, target_mean = training_step_(
+                fused.stack(policy.critic),
+                packed.critic,
+                Batch(states, actions, target=target.unsqueeze(1)),
+                self._optimizers["critic"],
+                loss,
+                weight,
+                fused.stack(policy.target_critic).parameters,
+                config.tau,
+            ).unbind()
+        with ranges.span("vgf/behavior_loss"):
+            if isinstance(policy.behavior, VelocityField):
+                assert packed.behavior is not None
+                batch = Batch(states, actions, draws["bc_t"], draws["bc_x0"])
+                stack = fused.stack(policy.behavior)
+                behavior_loss = training_step_(stack, packed.behavior, batch, self._optimizers["behavior"])[0]
+            else:
+                behavior_loss = self._torch_behavior_step(data, draws)
         return {
             "critic_loss": critic_loss,
             "bc_loss": behavior_loss,
@@ -287,12 +306,13 @@ class Learner:
                 raise ValueError(f"noise lacks {', '.join(missing)}; it needs {', '.join(shapes)}")
             return {name: self._tensor(f"noise[{name!r}]", noise[name], shape) for name, shape in shapes.items()}
         draw = {"bc_t": torch.Tensor.uniform_}
-        return {
-            name: draw.get(name, torch.Tensor.normal_)(
-                torch.empty(shape, device=self.policy.device, dtype=self.policy.dtype), generator=self.generator
-            )
-            for name, shape in shapes.items()
-        }
+        with ranges.span("vgf/noise"):
+            return {
+                name: draw.get(name, torch.Tensor.normal_)(
+                    torch.empty(shape, device=self.policy.device, dtype=self.policy.dtype), generator=self.generator
+                )
+                for name, shape in shapes.items()
+            }
 
     # --- many updates -----------------------------------------------------------------------------------------------
 
@@ -372,7 +392,8 @@ class Learner:
         size = self.config.batch_size
 
         def one() -> dict[str, Tensor]:
-            data = self._batch(dataset.sample(size, self.generator), check=False)
+            with ranges.span("vgf/sample_batch"):
+                data = self._batch(dataset.sample(size, self.generator), check=False)
             return self._update(data, self._noise(None, size))
 
         if dataset.device != self.policy.device:
@@ -529,7 +550,8 @@ def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def _particle_metrics(drawn: Tensor, moved: Tensor) -> dict[str, Tensor]:
-    return {"bc_flow_var": _particle_variance(drawn), "vgf_var": _particle_variance(moved)}
+    with ranges.span("vgf/metrics"):
+        return {"bc_flow_var": _particle_variance(drawn), "vgf_var": _particle_variance(moved)}
 
 
 def _particle_variance(particles: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from vgf_fast import checkpoints, functional, fused, graphs, reference
 from vgf_fast.config import TransportBudget, VGFConfig, config_from_reference
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache
+from vgf_fast.kernels import ranges
 from vgf_fast.networks import EnsembleMLP, GaussianBehavior, VelocityField
 from vgf_fast.reference import FlowResult, MLPWeights
 
@@ -123,29 +124,36 @@ class VGFPolicy(nn.Module):
         generator = generator or self.generator
         selection = selection or self.config.selection
         start = self._noise(noise, len(states), single, generator)
-        if fused.runs(self, self.dtype):
-            action = self._act_in_kernels(states, start, budget, selection, generator)
-            return action.squeeze(0) if single else action
-        x = self.draw_particles(states, start)
-        result = self.flow_particles(states, x, budget)
-        assert result.q is not None
-        values = reference.aggregate(result.q, self.config.target_q_aggregation)
-        action, _ = functional.select_particle(
-            result.particles,
-            values,
-            selection,
-            self.config.selection_temperature,
-            generator,
-            backend=self.backend,
-        )
+        with ranges.span("vgf/act"):
+            if fused.runs(self, self.dtype):
+                action = self._act_in_kernels(states, start, budget, selection, generator)
+            else:
+                action = self._act(states, start, budget, selection, generator)
         return action.squeeze(0) if single else action
+
+    def _act(
+        self, states: Tensor, noise: Tensor, budget: TransportBudget, selection: str, generator: torch.Generator
+    ) -> Tensor:
+        result = self.flow_particles(states, self.draw_particles(states, noise), budget)
+        assert result.q is not None
+        with ranges.span("vgf/select"):
+            action, _ = functional.select_particle(
+                result.particles,
+                reference.aggregate(result.q, self.config.target_q_aggregation),
+                selection,
+                self.config.selection_temperature,
+                generator,
+                backend=self.backend,
+            )
+        return action
 
     def _act_in_kernels(
         self, states: Tensor, noise: Tensor, budget: TransportBudget, selection: str, generator: torch.Generator
     ) -> Tensor:
         uniform = None
         if selection != "max":
-            uniform = torch.rand(len(states), device=self.device, dtype=torch.float32, generator=generator)
+            with ranges.span("vgf/noise"):
+                uniform = torch.rand(len(states), device=self.device, dtype=torch.float32, generator=generator)
         inputs = (states, noise) if uniform is None else (states, noise, uniform)
 
         def act(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -208,11 +216,12 @@ class VGFPolicy(nn.Module):
         """
         behavior = self.behavior
         weights = weights or behavior.stacked()
-        if isinstance(behavior, VelocityField):
-            steps = self.config.behavior_steps
-            return functional.behavior_flow(weights, observations, noise, steps, backend=self.backend)
-        mean = reference.mlp_forward(weights.detach(), observations).squeeze(0).to(noise.dtype)
-        return reference.gaussian_sample(mean, behavior.log_std.detach().to(noise.dtype), noise, behavior.tanh)
+        with ranges.span("vgf/behavior_flow"):
+            if isinstance(behavior, VelocityField):
+                steps = self.config.behavior_steps
+                return functional.behavior_flow(weights, observations, noise, steps, backend=self.backend)
+            mean = reference.mlp_forward(weights.detach(), observations).squeeze(0).to(noise.dtype)
+            return reference.gaussian_sample(mean, behavior.log_std.detach().to(noise.dtype), noise, behavior.tanh)
 
     def flow_particles(
         self,
@@ -275,7 +284,8 @@ class VGFPolicy(nn.Module):
         if noise is None:
             if generator.device.type != self.device.type:
                 raise ValueError(f"generator is on {generator.device}, but the policy is on {self.device}")
-            return torch.randn(shape, generator=generator, device=self.device, dtype=self.particle_dtype)
+            with ranges.span("vgf/noise"):
+                return torch.randn(shape, generator=generator, device=self.device, dtype=self.particle_dtype)
         tensor = self._as_tensor("noise", noise, self.particle_dtype)
         if single and tensor.ndim == 2:
             tensor = tensor.unsqueeze(0)

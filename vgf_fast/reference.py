@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vgf_fast import blocked
+from vgf_fast.kernels import ranges
 from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights, activate_, activation_backward
 
 ADAM_BETA1, ADAM_BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
@@ -379,11 +380,15 @@ def value_gradient_flow(
     moments: tuple[Tensor | None, Tensor | None] = zeros if optimizer == "adam" else (None, None)
     trajectory = [x.clone()] if return_trajectory else []
     for step in range(1, steps + 1):
-        score = at_states.score(x, q_aggregation)
-        svgd_step_(x, score, *moments, step, step_size, temperature, bandwidth_gradient, repulsion, optimizer)
+        with ranges.span(f"vgf/flow_step/{step - 1}"):
+            score = at_states.score(x, q_aggregation)
+            svgd_step_(x, score, *moments, step, step_size, temperature, bandwidth_gradient, repulsion, optimizer)
         if return_trajectory:
             trajectory.append(x.clone())
-    q = at_states.values(x) if evaluate else None
+    q = None
+    if evaluate:
+        with ranges.span("vgf/values"):
+            q = at_states.values(x)
     return FlowResult(x, q, torch.stack(trajectory) if return_trajectory else None)
 
 
