@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import importlib
 import importlib.util
 import json
 import os
@@ -30,6 +31,8 @@ COMPILE_METHODS = {"float32": "compile-float32", "bfloat16": "compile-bfloat16"}
 BACKEND_METHODS = ("torch-float32", "torch-bfloat16")
 METHODS = ("ours-float32", "ours-bfloat16", *BACKEND_METHODS, EAGER_METHOD, *COMPILE_METHODS.values(), JAX_METHOD)
 DEFAULT_ROUNDS = {"update": 20, "act": 200, "memory": 3}
+# Measured in this process, after the others, by the module of that name: it imports torch.
+IN_PROCESS = ("ops", "scaling")
 QUICK_ROUNDS = 2
 OWN_FACTS = ("dtype", "device", "threads", "matmul_precision")
 # The second call may still compile or allocate what the first did not.
@@ -125,12 +128,19 @@ class Plan:
     quick: bool
     sizes: Sizes
     out: str | None
+    # Of "ops" and "scaling", None for all:
+    ops: tuple[str, ...] | None = None
+    grid: tuple[str, ...] | None = None
+    implementations: tuple[str, ...] | None = None
+    dtypes: tuple[str, ...] = ("float32",)
+    factors: tuple[str, ...] | None = None
+    plot: str | None = None
 
 
 def parse(arguments: Sequence[str] | None) -> Plan:
     """The plan of a command line; exits with a message when it cannot be carried out."""
     parser = argparse.ArgumentParser(prog="python -m profiling.bench", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("benchmarks", nargs="+", choices=("update", "act", "memory"), help="what to measure")
+    parser.add_argument("benchmarks", nargs="+", choices=(*DEFAULT_ROUNDS, *IN_PROCESS), help="what to measure")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all")
     parser.add_argument("--jax-release", metavar="DIR", help="checkout of the public JAX release; without it, skipped")
     parser.add_argument("--jax-python", metavar="PYTHON", default=sys.executable, help="interpreter that has jax")
@@ -143,6 +153,12 @@ def parse(arguments: Sequence[str] | None) -> Plan:
         "--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds and one warm-up call: a smoke test"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
+    parser.add_argument("--ops", nargs="+", metavar="NAME", help="operations of profiling/registry.py; default: all")
+    parser.add_argument("--grid", nargs="+", metavar="NAME", help="shapes of ops; default: all, or the sizes given")
+    parser.add_argument("--implementations", nargs="+", metavar="NAME", help="of ops; default: all")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="of ops")
+    parser.add_argument("--factors", nargs="+", metavar="NAME", help="of scaling; default: all")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw scaling")
     for field in dataclasses.fields(Sizes):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
     options = parser.parse_args(arguments)
@@ -170,7 +186,17 @@ def parse(arguments: Sequence[str] | None) -> Plan:
         quick=options.quick,
         sizes=sizes,
         out=options.out,
+        ops=_tuple(options.ops),
+        grid=_tuple(options.grid),
+        implementations=_tuple(options.implementations),
+        dtypes=tuple(dict.fromkeys(options.dtypes)),
+        factors=_tuple(options.factors),
+        plot=options.plot,
     )
+
+
+def _tuple(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(dict.fromkeys(names))
 
 
 def _has_cuda() -> bool:
@@ -291,13 +317,18 @@ def show(found: Sequence[Record]) -> None:
     say(f"{first.benchmark}: {first.device}, {threads}, {rounds}")
     columns = {
         "method": [record.method for record in found],
-        **{f"{name} ms": [_cell(getattr(record, name), 1e3, 2) for record in found] for name in ("p20", "p50", "p80")},
-        "x JAX": [_cell(record.ratio_to_jax, 1.0, 2) for record in found],
-        "x eager": [_cell(record.ratio_to_eager, 1.0, 2) for record in found],
-        "x compile": [_cell(record.ratio_to_compile, 1.0, 2) for record in found],
-        "peak MiB": [_cell(record.peak_bytes, 2.0**-20, 0) for record in found],
-        "built MiB": [_cell(record.built_bytes, 2.0**-20, 0) for record in found],
+        **{f"{name} ms": [cell(getattr(record, name), 1e3, 2) for record in found] for name in ("p20", "p50", "p80")},
+        "x JAX": [cell(record.ratio_to_jax, 1.0, 2) for record in found],
+        "x eager": [cell(record.ratio_to_eager, 1.0, 2) for record in found],
+        "x compile": [cell(record.ratio_to_compile, 1.0, 2) for record in found],
+        "peak MiB": [cell(record.peak_bytes, 2.0**-20, 0) for record in found],
+        "built MiB": [cell(record.built_bytes, 2.0**-20, 0) for record in found],
     }
+    print_table(columns)
+
+
+def print_table(columns: dict[str, list[str]]) -> None:
+    """Columns by name, the first one of names, without those that are empty."""
     columns = {name: cells for name, cells in columns.items() if any(cells)}
     if importlib.util.find_spec("rich") is not None:
         from rich import box
@@ -306,7 +337,7 @@ def show(found: Sequence[Record]) -> None:
 
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in columns:
-            table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+            table.add_column(name, justify="right" if table.columns else "left", no_wrap=True)
         for row in zip(*columns.values(), strict=True):
             table.add_row(*row)
         Console(width=100).print(table)
@@ -316,14 +347,15 @@ def show(found: Sequence[Record]) -> None:
         say("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
 
 
-def _cell(value: float | None, scale: float, digits: int) -> str:
+def cell(value: float | None, scale: float, digits: int) -> str:
+    """A number for a table; empty for None."""
     return "" if value is None else f"{value * scale:.{digits}f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, show and record; the exit status is 1 when no method could run."""
     plan = parse(arguments)
-    for kind in plan.benchmarks:
+    for kind in (name for name in plan.benchmarks if name not in IN_PROCESS):
         for benchmark in BENCHMARKS if kind == "memory" else (kind,):
             try:
                 found = measure(plan, kind, benchmark)
@@ -336,6 +368,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if plan.out is not None:
                 records.append(plan.out, found)
             show(found)
+    for kind in (name for name in IN_PROCESS if name in plan.benchmarks):
+        if not importlib.import_module(f"profiling.{kind}").run(plan):
+            return 1
     return 0
 
 

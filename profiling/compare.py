@@ -39,6 +39,7 @@ def key(record: Record) -> Key:
     """What two records must have in common to be compared."""
     return (
         record.benchmark,
+        record.op,
         record.method,
         record.dtype,
         record.device,
@@ -64,17 +65,36 @@ def _noise(record: Record) -> float:
 def _peer(record: Record, method: str, found: dict[Key, Record]) -> float | None:
     """The time of a peer in the same benchmark on the same machine."""
     for other in found.values():
-        same = (other.benchmark, other.device, other.threads, other.sizes)
-        if other.method == method and same == (record.benchmark, record.device, record.threads, record.sizes):
+        if other.method == method and _call(other) == _call(record):
             return other.p50
     return None
+
+
+def _call(record: Record) -> Key:
+    """What was called, whoever did it."""
+    return record.benchmark, record.op, record.device, record.threads, record.sizes
+
+
+def _name(record: Record, among: Sequence[Record]) -> str:
+    """Benchmark, for several operations or sizes which of them, and method."""
+    peers = [other for other in among if (other.benchmark, other.method) == (record.benchmark, record.method)]
+    parts = [record.benchmark]
+    if len({other.op for other in peers}) > 1 and record.op is not None:
+        parts.append(record.op)
+    varied = [n for n in record.sizes if len({other.sizes.get(n) for other in peers}) > 1]
+    if record.grid is not None:
+        parts.append(f"({record.grid})")
+    elif varied:
+        parts.append(f"({', '.join(f'{n} {record.sizes[n]}' for n in varied)})")
+    return " ".join([*parts, record.method])
 
 
 def compare(before: Sequence[Record], after: Sequence[Record]) -> list[Comparison]:
     """Every method that both have, in the order of the first."""
     old, new = newest(before), newest(after)
     comparisons = []
-    for first, second in ((old[k], new[k]) for k in old if k in new):
+    common = [k for k in old if k in new]
+    for first, second in ((old[k], new[k]) for k in common):
         assert first.p50 is not None
         assert second.p50 is not None
         ratio, by = second.p50 / first.p50, None
@@ -83,7 +103,7 @@ def compare(before: Sequence[Record], after: Sequence[Record]) -> list[Compariso
             if then and now:
                 ratio, by = ratio / (now / then), peer
                 break
-        name = f"{first.benchmark} {first.method}"
+        name = _name(first, [old[k] for k in common])
         comparisons.append(Comparison(name, ratio, max(_noise(first), _noise(second)), by))
     return comparisons
 
@@ -108,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         by = f", by {comparison.peer}'s" if comparison.peer else ""
         mark = "  SLOWER" if comparison.slower else ""
         say(f"{comparison.name:<{width}}  x {comparison.ratio:.2f}  noise {comparison.noise:.2f}{by}{mark}")
-        slower |= comparison.slower and comparison.name.split()[-1] not in PEERS
+        method = comparison.name.split()[-1]
+        slower |= comparison.slower and method not in PEERS and not method.startswith("compile-")
     return int(slower)
 
 

@@ -47,6 +47,26 @@ def gpu_driver() -> str | None:
     return None
 
 
+def gpu_clocks() -> dict[str, int] | None:
+    """Clocks in MHz as they are now, ``sm`` and ``mem``, or None."""
+    lines = _output(["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits"]).splitlines()
+    values = [value.strip() for value in lines[0].split(",")] if lines else []
+    return (
+        dict(zip(("sm", "mem"), map(int, values), strict=True)) if all(v.isdigit() for v in values) and values else None
+    )
+
+
+def last_level_cache_bytes() -> int | None:
+    """Size of the first core's largest cache, or None where the system does not say."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    sizes = [
+        int(text[:-1]) * units[text[-1]]
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        if (text := path.read_text(encoding="utf-8").strip())[-1:] in units
+    ]
+    return max(sizes, default=None)
+
+
 def load_average() -> float | None:
     """Mean number of runnable processes over the last minute, or None where the system does not say."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

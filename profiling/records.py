@@ -16,7 +16,7 @@ class Record:
     """One method in one benchmark. Times in seconds, memory in bytes; None is what was not measured or not there."""
 
     date: str  # UTC, ISO 8601
-    benchmark: str  # "update" | "act" | "memory update" | "memory act"
+    benchmark: str  # "update" | "act" | "memory update" | "memory act" | "op NAME" | "scaling FACTOR"
     method: str
     dtype: str  # of the matrix products
     device: str  # model of the CPU or GPU
@@ -40,6 +40,28 @@ class Record:
     peak_bytes: int  # of the method's own process (CPU) or of its allocations (GPU)
     built_bytes: int  # the same before the first call
     ratio_to_compile: float | None = None  # as ratio_to_eager, by torch.compile's in the same dtype
+    # Of single operations, and of scaling:
+    op: str | None = None  # what one call is
+    grid: str | None = None  # the sizes' name
+    fault: str | None = None  # why it was not timed: it differs from the reference
+    flops: int | None = None  # that the operation needs; by p50, what was achieved
+    moved_bytes: int | None = None  # that it must read and write, once
+    copies: int | None = None  # of the inputs, which calls went through by turns
+    rotated_bytes: int | None = None  # all copies
+    cache_bytes: int | None = None  # of the last-level cache, or a GPU's L2
+    flushed_bytes: int | None = None  # written between calls
+    timer: str | None = None  # "perf_counter" | "events" | "graph replay"
+    clocks: dict[str, int] | None = None  # the GPU's after the last round, MHz
+
+    @property
+    def flop_rate(self) -> float | None:
+        """Achieved FLOP/s at the median."""
+        return None if self.flops is None or self.p50 is None else self.flops / self.p50
+
+    @property
+    def byte_rate(self) -> float | None:
+        """Achieved bytes/s at the median, of those that must be moved."""
+        return None if self.moved_bytes is None or self.p50 is None else self.moved_bytes / self.p50
 
     def to_json(self) -> str:
         """One line; ``read`` reads it back."""
