@@ -46,17 +46,34 @@ class Launches(NamedTuple):
 
 
 @contextlib.contextmanager
-def _without_launching() -> Iterator[None]:
-    """Every Triton launch becomes a named range, and is not made."""
+def noting_launches(make: bool = False) -> Iterator[None]:
+    """Every Triton launch becomes a named range of torch's profiler, and is made only if ``make``."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        with record_function(PREFIX + self.fn.__name__):
-            pass
+    def noted(run: Callable[..., Any]) -> Callable[..., Any]:
+        def launch(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+            with record_function(PREFIX + self.fn.__name__):
+                return run(self, *args, warmup=warmup, **kwargs) if make else None
 
-    with mock.patch.object(InterpretedFunction, "run", run), mock.patch.object(JITFunction, "run", run):
+        return launch
+
+    with (
+        mock.patch.object(InterpretedFunction, "run", noted(InterpretedFunction.run)),
+        mock.patch.object(JITFunction, "run", noted(JITFunction.run)),
+    ):
         yield
+
+
+def launch_of(event: Any) -> str | None:
+    """The launch that an event of torch's profiler is, Triton's behind ``PREFIX``, or None for another event."""
+    if event.name.startswith(PREFIX):
+        return str(event.name)
+    if not event.name.startswith("aten::") or event.name in FREE or _is_inside(event, WHOLE):
+        return None
+    below = [child for child in event.cpu_children if child.name.startswith("aten::")]
+    is_leaf = event.name in WHOLE or all(child.name in FREE for child in below)
+    return event.name.removeprefix("aten::") if is_leaf else None
 
 
 def _is_inside(event: Any, names: set[str]) -> bool:
@@ -66,16 +83,14 @@ def _is_inside(event: Any, names: set[str]) -> bool:
 
 def count(function: Callable[[], object]) -> Launches:
     """Call ``function`` and count what it launches; what Triton's kernels would have written stays unwritten."""
-    with _without_launching(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+    with noting_launches(), profile(activities=[ProfilerActivity.CPU]) as profiled:
         function()
     launches = Launches(Counter(), Counter())
-    for event in profiled.events():
-        if event.name.startswith(PREFIX):
-            launches.triton[event.name.removeprefix(PREFIX)] += 1
-        elif event.name.startswith("aten::") and event.name not in FREE and not _is_inside(event, WHOLE):
-            below = [child for child in event.cpu_children if child.name.startswith("aten::")]
-            if event.name in WHOLE or all(child.name in FREE for child in below):
-                launches.torch[event.name.removeprefix("aten::")] += 1
+    for name in filter(None, map(launch_of, profiled.events())):
+        if name.startswith(PREFIX):
+            launches.triton[name.removeprefix(PREFIX)] += 1
+        else:
+            launches.torch[name] += 1
     return launches
 
 
