@@ -1,0 +1,334 @@
+"""The flow and its baselines on tiny models: what is returned is what its text is worth, within budget and bound."""
+
+import math
+
+import pytest
+import torch
+from language import byte_pairs, causal, classifier, wordpiece
+
+from vgf_fast import TransportBudget
+from vgf_fast.llm import (
+    BestOfN,
+    Decoding,
+    EmbeddingFlow,
+    ReferenceModel,
+    RewardModel,
+    TokenBudget,
+    TokenSearch,
+    compare,
+)
+
+PROMPTS = ["the old man", "a dog sees the"]
+SMALL = {"max_new_tokens": 6, "min_new_tokens": 3}
+
+
+def models(reward="bert", reference="gpt2", tokenizer=wordpiece):
+    tokenizer = tokenizer()
+    return RewardModel(classifier(reward, tokenizer), tokenizer), ReferenceModel(
+        causal(reference, tokenizer), tokenizer
+    )
+
+
+def method(kind, pair=None, **arguments):
+    reward, reference = pair or models()
+    return kind(reward, reference=reference, **SMALL, **arguments)
+
+
+def reward_of(aligner, prompt, text):
+    """The classifier's own reward of prompt and text, by token ids."""
+    encode = aligner.vocabulary.encode
+    ids = torch.tensor([[*aligner.reward.prefix, *encode(prompt), *encode(text), *aligner.reward.suffix]])
+    with torch.no_grad():
+        return aligner.reward.model(ids, attention_mask=torch.ones_like(ids)).logits[0, 0].item()
+
+
+def log_probability_of(aligner, prompt, text):
+    """Sum of the causal model's log-probabilities of text's tokens and the end, by one plain pass."""
+    reference, encode = aligner.reference, aligner.vocabulary.encode
+    before, ids = [*reference.prefix, *encode(prompt)], encode(text)
+    with torch.no_grad():
+        log_p = reference.model(torch.tensor([[*before, *ids]])).logits[0].log_softmax(-1)[len(before) - 1 :]
+    return sum(log_p[i, token].item() for i, token in enumerate([*ids, reference.end[0]]))
+
+
+@pytest.mark.parametrize("reward", ["bert", "roberta", "gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("reference", ["gpt2", "llama", "gpt_neox"])
+def test_every_figure_of_a_response_is_that_of_its_text(reward, reference):
+    aligner = method(EmbeddingFlow, models(reward, reference))
+    result = aligner.align(PROMPTS, budget=TokenBudget(steps=3), num_particles=3, seed=0)
+    texts = set()
+    for prompt, responses in zip(PROMPTS, result.responses, strict=True):
+        assert len(responses) == 3
+        for r in responses:
+            assert r.reward == pytest.approx(reward_of(aligner, prompt, r.text), abs=1e-4)
+            assert r.start_reward == pytest.approx(reward_of(aligner, prompt, r.start_text), abs=1e-4)
+            assert r.log_probability == pytest.approx(log_probability_of(aligner, prompt, r.text), abs=1e-3)
+            assert r.perplexity == pytest.approx(math.exp(-r.log_probability / (r.tokens + 1)))
+            assert r.tokens == len(aligner.vocabulary.encode(r.text))
+            before, after = map(aligner.vocabulary.encode, (r.start_text, r.text))
+            assert r.tokens_changed == sum(a != b for a, b in zip(before, after, strict=True))
+            assert r.travelled > 0
+            if r.feasible:
+                assert r.perplexity <= r.perplexity_bound * 1.0001
+            texts.add(r.text)
+    assert any(r.tokens_changed for responses in result.responses for r in responses)
+    assert len(texts) > 1
+
+
+def test_no_steps_is_best_of_n_exactly():
+    pair = models()
+    for kind in (EmbeddingFlow, TokenSearch):
+        ours = method(kind, pair).align(PROMPTS, budget=TokenBudget(steps=0), num_particles=5, seed=3)
+        best = method(BestOfN, pair).align(PROMPTS, num_particles=5, seed=3)
+        assert ours.responses == best.responses
+        assert ours.texts == best.texts
+        assert ours.usage == best.usage
+
+
+def test_the_flow_raises_the_reward_within_the_bound():
+    pair = models()
+    flow = method(EmbeddingFlow, pair).align(PROMPTS, budget=TokenBudget(steps=6), num_particles=4, seed=0)
+    start = method(BestOfN, pair).align(PROMPTS, num_particles=4, seed=0)
+    for moved, drawn in zip(flow.best, start.best, strict=True):
+        assert moved.feasible
+        assert moved.reward > drawn.reward
+    for responses in flow.responses:
+        for r in responses:
+            assert not r.feasible or r.reward >= r.start_reward or r.start_perplexity > r.perplexity_bound
+
+
+@pytest.mark.parametrize("units", [1, 7, 8, 20, 37])
+@pytest.mark.parametrize("kind", [EmbeddingFlow, BestOfN, TokenSearch])
+def test_no_prompt_costs_more_than_its_units(kind, units):
+    rows = []
+    aligner = method(kind)
+    forward = aligner.reward._forward
+    gradients = []
+
+    def counted(embeddings, mask):
+        rows.append(len(embeddings))
+        gradients.append(len(embeddings) * torch.is_grad_enabled())
+        return forward(embeddings, mask)
+
+    aligner.reward._forward = counted
+    aligner.report_continuous = False
+    budget = TokenBudget(steps=50, reward_units=units)
+    if units < 4 and kind is not BestOfN:
+        with pytest.raises(ValueError, match=f"reward_units is {units}"):
+            aligner.align(PROMPTS[:1], budget=budget, num_particles=4, seed=0)
+        return
+    usage = aligner.align(PROMPTS[:1], budget=budget, num_particles=4, seed=0).usage
+    assert (usage.reward_forward, usage.reward_backward) == (sum(rows), sum(gradients))
+    assert usage.reward_units == sum(rows) + sum(gradients) <= units
+    # Nothing is left that would pay for another step; texts that came up before cost nothing.
+    assert usage.reward_units > 0
+
+
+def test_the_report_is_counted_apart():
+    result = method(EmbeddingFlow).align(PROMPTS, budget=TokenBudget(steps=2), num_particles=3, seed=0)
+    assert result.usage.reward_report == 6
+    assert all(r.continuous_reward is not None for responses in result.responses for r in responses)
+
+
+def test_plain_mode_decodes_once_and_reports_the_decoded_reward():
+    aligner = method(EmbeddingFlow, mode="plain")
+    result = aligner.align(PROMPTS, budget=TokenBudget(steps=4, step_size=0.5), num_particles=3, seed=0)
+    for prompt, responses in zip(PROMPTS, result.responses, strict=True):
+        for r in responses:
+            assert r.reward == pytest.approx(reward_of(aligner, prompt, r.text), abs=1e-4)
+            assert r.continuous_reward > reward_of(aligner, prompt, r.start_text)
+    # 4 gradients and a last text for 6 particles.
+    assert result.usage.reward_units == 6 * (4 * 2 + 1)
+
+
+def test_plain_mode_needs_no_reference():
+    reward, _ = models()
+    flow = EmbeddingFlow(reward, mode="plain")
+    result = flow.align(PROMPTS, [["walks slowly"], ["cat runs", "tree"]], budget=TransportBudget(steps=2))
+    assert [len(responses) for responses in result.responses] == [1, 2]
+    assert result.responses[0][0].perplexity is None
+    assert result.responses[0][0].feasible
+
+
+@pytest.mark.parametrize("update", ["normalized", "adam", "ascent"])
+@pytest.mark.parametrize("svgd", [False, True])
+def test_particles_stay_within_the_papers_bound(update, svgd):
+    size = {"normalized": 0.3, "adam": 0.3, "ascent": 0.05}[update]
+    aligner = method(EmbeddingFlow, update=update, svgd=svgd)
+    budget = TokenBudget(steps=3, step_size=size, temperature=0.5)
+    for transport in aligner.align(PROMPTS, budget=budget, num_particles=4, seed=0).transport:
+        assert 0 < transport.mmd_squared <= transport.bound
+
+
+def test_the_trust_region_holds_every_token():
+    aligner = method(EmbeddingFlow)
+    free, held = (
+        aligner.align(PROMPTS, budget=TokenBudget(steps=5, trust_radius=radius), num_particles=2, seed=0)
+        for radius in (None, 0.5)
+    )
+    for far, near in zip(free.responses, held.responses, strict=True):
+        for a, b in zip(far, near, strict=True):
+            assert b.travelled <= 0.5 * aligner.unit * math.sqrt(b.tokens) * 1.0001
+            assert a.travelled > b.travelled
+
+
+def test_svgd_keeps_responses_apart():
+    pair = models()
+    budget = TokenBudget(steps=4, temperature=100.0)
+    together, apart = (
+        method(EmbeddingFlow, pair, svgd=svgd).align(PROMPTS, budget=budget, num_particles=4, seed=0)
+        for svgd in (False, True)
+    )
+    assert [r.text for r in together.responses[0]] != [r.text for r in apart.responses[0]]
+    for one, other in zip(together.transport, apart.transport, strict=True):
+        assert one.mmd_squared != other.mmd_squared
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_byte_pair_responses_come_back_from_text(family):
+    aligner = method(EmbeddingFlow, models(family, family, byte_pairs))
+    result = aligner.align(["the old man"], budget=TokenBudget(steps=3), num_particles=3, seed=1)
+    for r in result.responses[0]:
+        assert r.reward == pytest.approx(reward_of(aligner, "the old man", r.text), abs=1e-4)
+
+
+def test_the_same_seed_gives_the_same_responses_alone_or_together():
+    aligner = method(EmbeddingFlow)
+    responses = [["walks slowly in the rain", "sees a cat"], ["green tree and runs", "sleeps"]]
+    budget = TokenBudget(steps=3)
+    both = aligner.align(PROMPTS, responses, budget=budget)
+    again = aligner.align(PROMPTS, responses, budget=budget)
+    alone = [aligner.align([p], [r], budget=budget).responses[0] for p, r in zip(PROMPTS, responses, strict=True)]
+    assert both.responses == again.responses
+    assert [[r.text for r in rows] for rows in both.responses] == [[r.text for r in rows] for rows in alone]
+
+
+def test_perplexity_can_be_bounded_by_number():
+    aligner = method(EmbeddingFlow, fluency=None)
+    result = aligner.align(PROMPTS, budget=TokenBudget(steps=4), num_particles=4, seed=0, max_perplexity=30.0)
+    assert all(not r.feasible or r.perplexity <= 30.001 for responses in result.responses for r in responses)
+    assert all(r.perplexity_bound == 30.0 for responses in result.responses for r in responses)
+
+
+def test_beam_of_full_width_finds_the_best_of_all_texts():
+    """Three places, every token a candidate: the beam's best is the best of an exhaustive search."""
+    from itertools import product
+
+    from vgf_fast.llm.decoding import BeamDecoder
+
+    reward, reference = models()
+    vocabulary = reward.vocabulary
+    decoder = BeamDecoder(reference, vocabulary, reward.table, 1.0, Decoding(width=200, top_k=100, closeness=20.0))
+    current = tuple(vocabulary.encode("cat runs"))
+    generator = torch.Generator().manual_seed(0)
+    particles = reward.embed(torch.tensor([current])) + torch.randn(1, 2, 16, generator=generator)
+    prompt = vocabulary.encode("the old man")
+    for weight in (0.0, 1.0):
+        (found,) = decoder.beams([prompt], particles, decoder.near(particles), [current], [weight])
+        allowed = vocabulary.allowed.nonzero().flatten().tolist()
+        texts = [ids for ids in product(allowed, allowed) if vocabulary.comes_back(list(ids))]
+        likely = reference.score([prompt] * len(texts), [list(ids) for ids in texts])
+        table = reward.table
+        scores = []
+        for ids, log_p in zip(texts, likely.tolist(), strict=True):
+            there = (table[list(ids)] - particles[0]).square().sum()
+            here = (table[list(current)] - particles[0]).square().sum()
+            scores.append(((here - there) / 40.0).item() + weight * log_p)
+        best = max(range(len(texts)), key=scores.__getitem__)
+        fit = next(h for h in found if vocabulary.comes_back(list(h.ids)))
+        assert fit.ids == texts[best]
+        assert fit.score == pytest.approx(scores[best], abs=1e-3)
+        assert fit.log_probability == pytest.approx(likely[best].item(), abs=1e-3)
+
+
+def test_sampling_follows_the_reference_model():
+    """First tokens of many samples have the model's own probabilities, disallowed ones left out."""
+    _, reference = models()
+    prompt = reference.vocabulary.encode("the old man")
+    generator = torch.Generator().manual_seed(0)
+    (drawn,) = reference.sample([prompt], 4000, max_new_tokens=1, generator=generator)
+    with torch.no_grad():
+        expected = reference.model(torch.tensor([[*reference.prefix, *prompt]])).logits[0, -1].exp()
+    expected[~reference.vocabulary.allowed | reference.vocabulary.continues] = 0
+    expected /= expected.sum()
+    counts = torch.bincount(torch.tensor([ids[0] for ids in drawn]), minlength=len(expected)) / 4000
+    assert (counts - expected).abs().max() < 0.03
+    assert not counts[expected == 0].any()
+
+
+def test_scores_from_the_cache_are_those_of_whole_rows():
+    for family in ("gpt2", "llama", "gpt_neox"):
+        _, reference = models(reference=family)
+        encode = reference.vocabulary.encode
+        prompts = [encode("the old man"), encode("dog")]
+        state = reference.read(prompts)
+        tokens = [encode("walks slowly"), encode("sees cat")]
+        total = torch.zeros(2)
+        for position in range(2):
+            step = torch.tensor([ids[position] for ids in tokens])
+            total += state.next_log_probability.gather(1, step[:, None])[:, 0]
+            state = reference.advance(state, step)
+        total += reference.end_log_probability(state.next_log_probability)
+        torch.testing.assert_close(total, reference.score(prompts, tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_compare_shows_every_method(capsys):
+    pair = models()
+    methods = {
+        "flow": method(EmbeddingFlow, pair),
+        "best of N": method(BestOfN, pair),
+        "swaps": method(TokenSearch, pair),
+    }
+    budget = TokenBudget(steps=10, reward_units=30)
+    results = compare(methods, PROMPTS, budget=budget, num_particles=3, seed=0, judge=lambda prompt, text: 7.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["method", *methods]
+    assert results["best of N"].usage.reward_units == 60
+    assert all(" 7 " in line for line in lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompts": [""]}, "prompt '' is empty"),
+        ({"prompts": ["the"], "responses": [[""]]}, "response to prompt 'the' is empty"),
+        ({"prompts": ["the"], "responses": [[]]}, "expected a sequence of texts"),
+        ({"prompts": ["the"], "responses": ["walks"]}, "expected a sequence of texts"),
+        ({"prompts": "the"}, "sequences"),
+        ({"prompts": ["the"], "responses": [["a"], ["a"]]}, "2 entries, expected one for each of 1"),
+        ({"prompts": ["the " * 60]}, "at most 48: shorten"),
+        ({"prompts": ["the"], "responses": [["a " * 60]]}, "at most 48: shorten"),
+        ({"prompts": ["the"], "seed": 0, "generator": torch.Generator()}, "both generator and seed"),
+    ],
+)
+def test_bad_input_is_named(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        method(EmbeddingFlow).align(**arguments)
+
+
+def test_different_tokenizers_are_named():
+    reward, _ = models()
+    _, reference = models(tokenizer=byte_pairs)
+    with pytest.raises(ValueError, match="different tokenizers"):
+        EmbeddingFlow(reward, reference=reference)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"mode": "other"}, "mode is 'other'"),
+        ({"update": "other"}, "update is 'other'"),
+        ({"fluency": 0.0}, "fluency is"),
+    ],
+)
+def test_bad_settings_are_named(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        method(EmbeddingFlow, **arguments)
+    with pytest.raises(ValueError, match="reference is None"):
+        EmbeddingFlow(models()[0])
+    for wrong in ({"width": 0}, {"top_flow": 33}, {"weights": (1.0, 0.5)}, {"closeness": 0.0}):
+        with pytest.raises(ValueError, match="Decoding has"):
+            Decoding(**wrong)
+    for wrong in ({"trust_radius": 0.0}, {"reward_units": 0}, {"steps": -1}):
+        with pytest.raises(ValueError, match="Budget"):
+            TokenBudget(**wrong)

@@ -1,0 +1,557 @@
+"""Embedding flow: sampled responses as particles in embedding space, moved by the reward's gradient and decoded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vgf_fast.config import TransportBudget
+from vgf_fast.llm._plain import nearest_token, token_svgd_direction
+from vgf_fast.llm.decoding import BeamDecoder, Decoding
+from vgf_fast.llm.reference_model import ReferenceModel
+from vgf_fast.llm.result import AlignResult, Response, Transport, Usage
+from vgf_fast.llm.reward import Reward, RewardModel
+
+Mode = Literal["projected", "plain"]
+Update = Literal["normalized", "adam", "ascent"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenBudget(TransportBudget):
+    """How far a response's embeddings may move. Raises ``ValueError`` when a field is outside its range."""
+
+    steps: int = 20  # L; 0 is best-of-N
+    step_size: float = 1.0  # eps, in median lengths of a token embedding
+    temperature: float = 0.1  # alpha; between responses it weighs the reward against their repulsion
+    trust_radius: float | None = None  # how far a token's embedding may get from the first one, in the same lengths
+    reward_units: int | None = None  # of a prompt: a forward pass 1, forward and backward 2; stops the flow early
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trust_radius is not None and not self.trust_radius > 0:
+            raise ValueError(f"TokenBudget.trust_radius is {self.trust_radius!r}, expected a positive number or None")
+        if self.reward_units is not None and self.reward_units < 1:
+            raise ValueError(f"TokenBudget.reward_units is {self.reward_units!r}, expected a positive integer or None")
+
+
+@dataclasses.dataclass
+class Particle:
+    """A response under way."""
+
+    prompt: int
+    start: tuple[int, ...]
+    start_text: str
+    ids: tuple[int, ...]
+    best: tuple[int, ...] | None = None  # of highest reward within the bound
+    weight: int = 0  # place of the last weight in the decoder's
+
+
+class Aligner:
+    """What every method shares: models, first responses, the fluency bound, and the report.
+
+    ``reward_model``: a ``Reward``, or a sequence classifier of transformers. ``reference``: a ``ReferenceModel``, or a
+    causal language model; without one, responses must be given and nothing bounds their fluency. ``fluency``: a
+    response's perplexity under the reference may be this many times the lesser of its first text's and the median of
+    its prompt's first texts'; None for no bound.
+
+    Raises ``ValueError`` when the two models have different tokenizers.
+    """
+
+    method = ""
+
+    def __init__(
+        self,
+        reward_model: Reward | nn.Module,
+        tokenizer: Any = None,
+        *,
+        reference: ReferenceModel | nn.Module | None = None,
+        fluency: float | None = 1.5,
+        max_new_tokens: int = 32,
+        min_new_tokens: int = 1,
+        sampling_temperature: float = 1.0,
+        sampling_top_k: int | None = None,
+        report_continuous: bool = True,
+    ) -> None:
+        if not isinstance(reward_model, Reward):
+            if tokenizer is None:
+                raise ValueError("tokenizer is None, expected the reward model's")
+            reward_model = RewardModel(reward_model, tokenizer)
+        if reference is not None and not isinstance(reference, ReferenceModel):
+            reference = ReferenceModel(reference, tokenizer or reward_model.vocabulary.tokenizer)
+        if fluency is not None and not fluency > 0:
+            raise ValueError(f"fluency is {fluency}, expected a positive ratio of perplexities or None")
+        if reference is not None:
+            reward_model.vocabulary.check_same(reference.vocabulary, ("reward model", "reference model"))
+        self.reward = reward_model
+        self.reference = reference
+        self.vocabulary = reward_model.vocabulary
+        self.fluency = fluency
+        self.sampling: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "min_new_tokens": min_new_tokens,
+            "temperature": sampling_temperature,
+            "top_k": sampling_top_k,
+        }
+        self.report_continuous = report_continuous
+        lengths = self.reward.table[self.vocabulary.allowed].float().norm(dim=-1)
+        self.unit = float(lengths.median())
+
+    def align(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[Sequence[str]] | None = None,
+        *,
+        budget: TransportBudget | None = None,
+        num_particles: int = 8,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        max_perplexity: float | None = None,
+    ) -> AlignResult:
+        """Better responses to every prompt.
+
+        ``responses[i]``: first responses to prompt i; without them the reference model samples ``num_particles``.
+        ``generator`` or ``seed`` makes the sampling repeatable. ``max_perplexity`` bounds every response's perplexity
+        too.
+
+        Raises ``ValueError`` for an empty prompt or response, rows too long for a model, rewards that are not finite.
+        """
+        began = time.perf_counter()
+        budget = budget or TokenBudget()
+        usage = Usage()
+        if isinstance(prompts, str) or isinstance(responses, str):
+            raise ValueError("prompts and responses are sequences: of texts, and of a sequence of texts a prompt")
+        if generator is not None and seed is not None:
+            raise ValueError("both generator and seed are given, expected one of them")
+        if seed is not None:
+            device = self.reference.device if self.reference is not None else self.reward.device
+            generator = torch.Generator(device).manual_seed(seed)
+        contexts = [self.vocabulary.encode(prompt) for prompt in prompts]
+        for prompt, ids in zip(prompts, contexts, strict=True):
+            if not ids:
+                raise ValueError(f"prompt {prompt!r} is empty, expected at least one token")
+        first = self._first(contexts, responses, self._samples(budget, num_particles), generator, usage)
+        run = Run(self, list(prompts), contexts, first, max_perplexity, usage)
+        limit = getattr(budget, "reward_units", None)
+        most = max((len(texts) for texts in first), default=0)
+        if limit is not None and limit < most:
+            raise ValueError(f"reward_units is {limit}, expected at least one for each of {most} responses to a prompt")
+        self._improve(run, budget)
+        return run.result(self.method, budget, began)
+
+    def _samples(self, budget: TransportBudget, num_particles: int) -> int:
+        return num_particles
+
+    def _improve(self, run: Run, budget: TransportBudget) -> None:
+        raise NotImplementedError
+
+    def _first(
+        self,
+        contexts: list[list[int]],
+        responses: Sequence[Sequence[str]] | None,
+        count: int,
+        generator: torch.Generator | None,
+        usage: Usage,
+    ) -> list[list[str]]:
+        if responses is None:
+            if self.reference is None:
+                raise ValueError("neither responses nor a reference model to sample them from were given")
+            drawn = self.reference.sample(contexts, count, generator=generator, usage=usage, **self.sampling)
+            return [[self.vocabulary.decode(ids) for ids in rows] for rows in drawn]
+        if len(responses) != len(contexts):
+            raise ValueError(
+                f"responses has {len(responses)} entries, expected one for each of {len(contexts)} prompts"
+            )
+        if any(isinstance(rows, str) or not rows for rows in responses):
+            raise ValueError("an entry of responses is empty or a text, expected a sequence of texts for every prompt")
+        return [list(rows) for rows in responses]
+
+
+class Run:
+    """One call: its particles, what is known of the texts that came up, and how much was used."""
+
+    def __init__(
+        self,
+        aligner: Aligner,
+        prompts: list[str],
+        contexts: list[list[int]],
+        first: list[list[str]],
+        max_perplexity: float | None,
+        usage: Usage,
+    ) -> None:
+        self.aligner = aligner
+        self.prompts = prompts
+        self.contexts = contexts
+        self.usage = usage
+        self.particles: list[Particle] = []
+        for prompt, texts in enumerate(first):
+            for text in texts:
+                ids = tuple(aligner.vocabulary.encode(text))
+                if not ids:
+                    raise ValueError(f"a response to prompt {prompts[prompt]!r} is empty, expected at least one token")
+                self.particles.append(Particle(prompt, ids, text, ids))
+        self.rewards: dict[tuple[int, tuple[int, ...]], float] = {}
+        self.gradients: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        self.log_probabilities: dict[tuple[int, tuple[int, ...]], float] = {}
+        self.spent = [0] * len(prompts)
+        self.continuous: list[float | None] = [None] * len(self.particles)
+        self.embeddings: Tensor | None = None  # where the particles are [M, T, d]
+        self.transport: list[Transport | None] = [None] * len(prompts)
+        self.score([(p.prompt, p.ids) for p in self.particles])
+        self.bounds = self._bounds(max_perplexity)
+
+    def _bounds(self, max_perplexity: float | None) -> list[float | None]:
+        fluency = self.aligner.fluency if self.aligner.reference is not None else None
+        if fluency is None:
+            return [max_perplexity] * len(self.particles)
+        bounds: list[float | None] = []
+        for prompt in range(len(self.prompts)):
+            own = [self.perplexity(p.prompt, p.start) for p in self.particles if p.prompt == prompt]
+            median = float(torch.tensor(own, dtype=torch.float64).median())
+            bounds += [min(fluency * min(x, median), max_perplexity or math.inf) for x in own]
+        return bounds
+
+    def score(self, texts: list[tuple[int, tuple[int, ...]]]) -> None:
+        """Log-probabilities of (prompt, ids) pairs that have none yet."""
+        new = [key for key in dict.fromkeys(texts) if key not in self.log_probabilities]
+        if self.aligner.reference is None or not new:
+            return
+        values = self.aligner.reference.score([self.contexts[p] for p, _ in new], [list(i) for _, i in new], self.usage)
+        self.log_probabilities.update(zip(new, values.tolist(), strict=True))
+
+    def perplexity(self, prompt: int, ids: tuple[int, ...]) -> float:
+        """Per token under the reference model, the end included."""
+        return math.exp(-self.log_probabilities[prompt, ids] / (len(ids) + 1))
+
+    def feasible(self, index: int, ids: tuple[int, ...]) -> bool:
+        """Whether particle ``index`` would keep to its bound with these ids."""
+        bound = self.bounds[index]
+        return bound is None or self.perplexity(self.particles[index].prompt, ids) <= bound * (1 + 1e-6)
+
+    def evaluate(self, indices: Sequence[int], gradient: bool, budget: TransportBudget) -> list[int]:
+        """Rewards (and gradients) at these particles' ids, where not known; returns the particles that have them now.
+
+        Keeps each prompt within ``budget.reward_units``, and the best feasible text of every particle.
+        """
+        limit = getattr(budget, "reward_units", None)
+        cost = 1 + gradient
+        known = self.gradients if gradient else self.rewards
+        new: list[tuple[int, tuple[int, ...]]] = []
+        reached: list[int] = []
+        for index in indices:
+            particle = self.particles[index]
+            key = (particle.prompt, particle.ids)
+            if key not in known and key not in new:
+                if limit is not None and self.spent[particle.prompt] + cost > limit:
+                    continue
+                self.spent[particle.prompt] += cost
+                new.append(key)
+            reached.append(index)
+        if new:
+            rewards, gradients = self.aligner.reward.evaluate(
+                [self.contexts[p] for p, _ in new], [list(i) for _, i in new], gradient=gradient, usage=self.usage
+            )
+            self.rewards.update(zip(new, rewards.tolist(), strict=True))
+            if gradients is not None:
+                for row, key in enumerate(new):
+                    self.gradients[key] = gradients[row, : len(key[1])]
+        for index in reached:
+            particle = self.particles[index]
+            old = None if particle.best is None else self.rewards[particle.prompt, particle.best]
+            better = old is None or self.rewards[particle.prompt, particle.ids] > old
+            if better and self.feasible(index, particle.ids):
+                particle.best = particle.ids
+        return reached
+
+    def begin(self, budget: TransportBudget) -> list[int]:
+        """Rewards at every first text, and gradients at as many as the units pay for: those particles."""
+        limit = getattr(budget, "reward_units", None)
+        everyone = range(len(self.particles))
+        if limit is None:
+            return self.evaluate(everyone, True, budget)
+        left = [limit - sum(p.prompt == prompt for p in self.particles) for prompt in range(len(self.prompts))]
+        chosen = []
+        for index in everyone:
+            if left[self.particles[index].prompt] > 0:
+                left[self.particles[index].prompt] -= 1
+                chosen.append(index)
+        active = self.evaluate(chosen, True, budget)
+        self.evaluate([index for index in everyone if index not in set(chosen)], False, budget)
+        return active
+
+    def embed(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
+        """Embeddings [R, T, d] of rows of ids, zero beyond their lengths."""
+        table = self.aligner.reward
+        out = torch.zeros(len(rows), max(map(len, rows), default=0), table.table.shape[1], device=table.device)
+        for i, row in enumerate(rows):
+            out[i, : len(row)] = table.embed(torch.tensor(row, device=table.device))
+        return out
+
+    def result(self, method: str, budget: TransportBudget, began: float) -> AlignResult:
+        """The report."""
+        final = [p.best if p.best is not None else self._fallback(p) for p in self.particles]
+        self.score([(p.prompt, ids) for p, ids in zip(self.particles, final, strict=True)])
+        if self.embeddings is not None and self.aligner.report_continuous:
+            rows = [(self.contexts[p.prompt], list(p.start)) for p in self.particles]
+            before = self.usage.reward_forward
+            values, _ = self.aligner.reward.evaluate(
+                [r[0] for r in rows], [r[1] for r in rows], embeddings=self.embeddings, usage=self.usage
+            )
+            self.usage.reward_report += self.usage.reward_forward - before
+            self.continuous = list(values.tolist())
+        starts = self.embed([p.start for p in self.particles])
+        moved = starts if self.embeddings is None else self.embeddings
+        travelled = (moved - starts).flatten(1).norm(dim=1).tolist()
+        responses: list[list[Response]] = [[] for _ in self.prompts]
+        for index, (particle, ids) in enumerate(zip(self.particles, final, strict=True)):
+            key, start = (particle.prompt, ids), (particle.prompt, particle.start)
+            scored = key in self.log_probabilities
+            same_length = len(ids) == len(particle.start)
+            here = self.embed([ids])[0]
+            shift = (here - starts[index, : len(ids)]).norm().item() if same_length else math.nan
+            responses[particle.prompt].append(
+                Response(
+                    text=particle.start_text if ids == particle.start else self.aligner.vocabulary.decode(list(ids)),
+                    reward=self.rewards[key],
+                    start_text=particle.start_text,
+                    start_reward=self.rewards.get(start),
+                    continuous_reward=self.continuous[index],
+                    log_probability=self.log_probabilities.get(key),
+                    start_log_probability=self.log_probabilities.get(start),
+                    perplexity=self.perplexity(*key) if scored else None,
+                    start_perplexity=self.perplexity(*start) if scored else None,
+                    perplexity_bound=self.bounds[index],
+                    tokens=len(ids),
+                    tokens_changed=_changes(ids, particle.start),
+                    distance=shift,
+                    travelled=travelled[index],
+                )
+            )
+        seconds = time.perf_counter() - began
+        return AlignResult(method, self.prompts, responses, self.transport, self.usage, seconds)
+
+    def _fallback(self, particle: Particle) -> tuple[int, ...]:
+        """Nothing feasible came up: the first text, or where it was not evaluated, the last."""
+        return particle.start if (particle.prompt, particle.start) in self.rewards else particle.ids
+
+
+def _changes(ids: tuple[int, ...], start: tuple[int, ...]) -> int:
+    return sum(a != b for a, b in zip(ids, start, strict=False)) + abs(len(ids) - len(start))
+
+
+class EmbeddingFlow(Aligner):
+    """Value gradient flow of responses in embedding space.
+
+    A response is a particle u [T, d], at first its tokens' embeddings. Every step moves it along the reward's gradient
+    and, with ``svgd``, along SVGD's direction between the responses to one prompt, then decodes it.
+    ``mode="projected"``: the gradient is taken at the decoded tokens, a beam decodes under closeness to u and the
+    reference model's likelihood within the fluency bound, the particle's tokens always go there, u itself is never
+    reset, and the best decoded text within the bound is returned. ``mode="plain"``, the paper's: the gradient is taken
+    at u, and the last u alone goes to its nearest tokens, fluent or not.
+
+    ``update``: the direction's length per token 1, Adam's, or as it is.
+    """
+
+    def __init__(
+        self,
+        reward_model: Reward | nn.Module,
+        tokenizer: Any = None,
+        *,
+        reference: ReferenceModel | nn.Module | None = None,
+        mode: Mode = "projected",
+        update: Update = "normalized",
+        svgd: bool = False,
+        decoding: Decoding | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(reward_model, tokenizer, reference=reference, **arguments)
+        if mode not in ("projected", "plain"):
+            raise ValueError(f"mode is {mode!r}, expected 'projected' or 'plain'")
+        if update not in ("normalized", "adam", "ascent"):
+            raise ValueError(f"update is {update!r}, expected 'normalized', 'adam' or 'ascent'")
+        if mode == "projected" and self.reference is None:
+            raise ValueError("reference is None, expected a causal language model: mode='projected' decodes with it")
+        self.mode = mode
+        self.update = update
+        self.svgd = svgd
+        self.decoding = decoding or Decoding()
+        self.method = f"embedding flow ({mode}{', SVGD' if svgd else ''})"
+
+    def _improve(self, run: Run, budget: TransportBudget) -> None:
+        if budget.steps == 0:
+            run.evaluate(range(len(run.particles)), False, budget)
+            return
+        flow = _Flow(self, run, budget)
+        if self.mode == "plain":
+            flow.plain()
+        else:
+            flow.projected()
+        flow.report()
+
+
+class _Flow:
+    """Moving embeddings of a run's particles."""
+
+    def __init__(self, aligner: EmbeddingFlow, run: Run, budget: TransportBudget) -> None:
+        self.aligner = aligner
+        self.run = run
+        self.budget = budget
+        self.starts = run.embed([p.start for p in run.particles])
+        self.u = self.starts.clone()
+        self.lengths = [len(p.start) for p in run.particles]
+        self.first_moment = torch.zeros_like(self.u)
+        self.second_moment = torch.zeros_like(self.u)
+        self.steps = 0
+        self.longest = 0.0  # step of a particle
+        self.steepest = 0.0  # gradient of a particle
+        self.real = torch.zeros(self.u.shape[:2], dtype=torch.bool, device=self.u.device)
+        for row, length in enumerate(self.lengths):
+            self.real[row, :length] = True
+        self.groups = [
+            [i for i, p in enumerate(run.particles) if p.prompt == prompt] for prompt in range(len(run.prompts))
+        ]
+
+    def decoder(self) -> BeamDecoder:
+        aligner = self.aligner
+        assert aligner.reference is not None
+        return BeamDecoder(aligner.reference, aligner.vocabulary, aligner.reward.table, aligner.unit, aligner.decoding)
+
+    def move(self, gradient: Tensor) -> None:
+        """One step of all particles along the reward's gradient [M, T, d] at each."""
+        budget = self.budget
+        self.steepest = max(self.steepest, float(gradient.flatten(1).norm(dim=1).max()))
+        if self.aligner.svgd:
+            direction = torch.zeros_like(gradient)
+            for group in self.groups:
+                flat = self.u[group].flatten(1), gradient[group].flatten(1)
+                phi = token_svgd_direction(*flat, budget.temperature)
+                direction[group] = phi.reshape(direction[group].shape)
+        else:
+            direction = gradient / budget.temperature
+        size = budget.step_size * self.aligner.unit
+        self.steps += 1
+        if self.aligner.update == "normalized":
+            step = size * direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-20)
+        elif self.aligner.update == "adam":
+            self.first_moment.lerp_(direction, 0.1)
+            self.second_moment.lerp_(direction.square(), 0.001)
+            mean = self.first_moment / (1 - 0.9**self.steps)
+            square = self.second_moment / (1 - 0.999**self.steps)
+            # Adam's step has length 1 in every coordinate; a token's is to be step_size.
+            step = size / math.sqrt(self.u.shape[-1]) * mean / (square.sqrt() + 1e-8)
+        else:
+            step = size * direction
+        step = step * self.real[..., None]
+        self.longest = max(self.longest, float(step.flatten(1).norm(dim=1).max()))
+        self.u += step
+        radius = getattr(budget, "trust_radius", None)
+        if radius is not None:
+            away = self.u - self.starts
+            length = away.norm(dim=-1, keepdim=True).clamp_min(1e-20)
+            self.u = self.starts + away * (radius * self.aligner.unit / length).clamp_max(1.0)
+
+    def projected(self) -> None:
+        """Gradient at the decoded tokens; decoded after every step."""
+        run, budget = self.run, self.budget
+        decoder = self.decoder()
+        # Half of the grid: the first search goes up or down from there.
+        for particle in run.particles:
+            particle.weight = len(self.aligner.decoding.weights) // 2
+        active = run.begin(budget)
+        for step in range(budget.steps):
+            if not active:
+                break
+            gradient = torch.zeros_like(self.u)
+            for i in active:
+                particle = run.particles[i]
+                gradient[i, : self.lengths[i]] = run.gradients[particle.prompt, particle.ids]
+            self.move(gradient)
+            moved = self._decode(decoder, active)
+            last = step == budget.steps - 1
+            reached = run.evaluate(moved, not last, budget)
+            if not last:
+                # What is left of the units buys rewards without gradients.
+                stopped = [i for i in moved if i not in set(reached)]
+                run.evaluate(stopped, False, budget)
+                active = [i for i in active if i not in set(stopped)]
+
+    def _decode(self, decoder: BeamDecoder, active: list[int]) -> list[int]:
+        """Move the tokens of particles to what decodes from them; returns the particles whose tokens changed."""
+        run = self.run
+        particles = [run.particles[i] for i in active]
+        bounds = [math.inf if b is None else b for b in (run.bounds[i] for i in active)]
+        found, places = decoder.search(
+            [run.contexts[p.prompt] for p in particles],
+            self.u[active],
+            [p.ids for p in particles],
+            bounds,
+            [p.weight for p in particles],
+            run.usage,
+        )
+        moved = []
+        for index, particle, hypothesis, place in zip(active, particles, found, places, strict=True):
+            if hypothesis is not None:
+                particle.ids, particle.weight = hypothesis.ids, place
+                run.log_probabilities.setdefault((particle.prompt, hypothesis.ids), hypothesis.log_probability)
+                moved.append(index)
+        return moved
+
+    def plain(self) -> None:
+        """Gradient at the embeddings; nearest tokens once, at the end."""
+        run, budget, aligner = self.run, self.budget, self.aligner
+        limit = getattr(budget, "reward_units", None)
+        prompts = [run.contexts[p.prompt] for p in run.particles]
+        rows = [list(p.start) for p in run.particles]
+        largest = max(len(group) for group in self.groups)
+        for _ in range(budget.steps):
+            # A step costs every prompt two units a particle; the last texts cost one each.
+            if limit is not None and max(self.run.spent) + 3 * largest > limit:
+                break
+            _, gradient = aligner.reward.evaluate(prompts, rows, embeddings=self.u, gradient=True, usage=run.usage)
+            for prompt, group in enumerate(self.groups):
+                run.spent[prompt] += 2 * len(group)
+            assert gradient is not None
+            self.move(gradient)
+        flat = self.u.flatten(0, 1)
+        _, nearest = nearest_token(flat, aligner.reward.table, mask=aligner.vocabulary.allowed)
+        tokens = nearest.reshape(self.u.shape[:2]).tolist()
+        for row, particle in enumerate(run.particles):
+            text = aligner.vocabulary.decode(tokens[row][: self.lengths[row]])
+            particle.ids = tuple(aligner.vocabulary.encode(text))
+        run.score([(p.prompt, p.ids) for p in run.particles])
+        run.evaluate(range(len(run.particles)), False, budget)
+        for particle in run.particles:
+            # The paper returns what was decoded, fluent or not.
+            particle.best = particle.ids
+
+    def report(self) -> None:
+        """Leave with the run where the particles are, and how far that is."""
+        self.run.embeddings = self.u
+        for prompt, group in enumerate(self.groups):
+            before, after = self.starts[group].flatten(1), self.u[group].flatten(1)
+            self.run.transport[prompt] = transport(before, after, self._bound)
+
+    def _bound(self, sigma: float) -> float:
+        root = sigma * math.sqrt(math.e)
+        length = self.longest
+        if self.aligner.update == "ascent":
+            size, alpha = self.budget.step_size * self.aligner.unit, self.budget.temperature
+            length = size * (self.steepest / alpha + (1 / root if self.aligner.svgd else 0))
+        return 2 * self.steps * length / root
+
+
+def transport(before: Tensor, after: Tensor, bound: Callable[[float], float]) -> Transport:
+    """MMD^2 between particles [N, D] and [N, D], and its bound for the kernel's width sigma."""
+    distances = torch.cdist(before.double(), before.double()).square()
+    sigma = math.sqrt(0.5 * float(distances.median())) or math.sqrt(before.shape[1])
+
+    def mean(a: Tensor, b: Tensor) -> float:
+        return float((-torch.cdist(a.double(), b.double()).square() / (2 * sigma**2)).exp().mean())
+
+    squared = mean(before, before) - 2 * mean(before, after) + mean(after, after)
+    return Transport(max(squared, 0.0), bound(sigma))
