@@ -159,22 +159,6 @@ def check_sizes(op: Op, sizes: Sizes, device: torch.device) -> Sizes:
     return sizes
 
 
-def faults(
-    op: Op, sizes: Sizes, dtype: torch.dtype, device: torch.device, implementations: Sequence[str], seed: int
-) -> dict[str, str | None]:
-    """What is wrong with each implementation, or None: see ``registry.fault``."""
-    generator = torch.Generator().manual_seed(seed + CHECK_SEED)
-    inputs = op.build(check_sizes(op, sizes, device), dtype, device, generator)
-    truth = registry.truth(op, inputs)
-    found: dict[str, str | None] = {}
-    for implementation in implementations:
-        try:
-            found[implementation] = registry.fault(op, op.prepare(implementation, inputs.clone()), truth)
-        except Exception as error:  # whatever a compiler or a driver objects to: the others can still be timed
-            found[implementation] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return found
-
-
 def facts(device: torch.device) -> dict[str, Any]:
     """What records say of machine and versions; torch's threads and precision as they are set now."""
     cuda = device.type == "cuda"
@@ -194,7 +178,8 @@ def facts(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _memory(device: torch.device) -> int:
+def memory(device: torch.device) -> int:
+    """Peak so far: of a GPU's allocations, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return machine.peak_resident_bytes()
@@ -226,10 +211,10 @@ def measure(
         "cache_bytes": cache_bytes(device),
         "ratio_to_jax": None,
     }
-    wrong = faults(op, sizes, dtype, device, implementations, seed)
+    wrong = registry.check(op, implementations, check_sizes(op, sizes, device), dtype, device, seed + CHECK_SEED)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    built = _memory(device)
+    built = memory(device)
     rotation = Rotation.make(op, sizes, dtype, device, seed)
     timed = {
         name: Timed(
@@ -256,7 +241,7 @@ def measure(
                 p80=p80,
                 ratio_to_eager=records.paired_ratio(own, times.get("eager", [])),
                 ratio_to_compile=records.paired_ratio(own, times.get("compile", [])),
-                peak_bytes=_memory(device),
+                peak_bytes=memory(device),
                 built_bytes=built,
                 fault=wrong[name],
                 copies=len(rotation.inputs),
@@ -288,7 +273,7 @@ class Point:
         return f"{self.op.name} ({self.grid}, {str(self.dtype).removeprefix('torch.')})"
 
 
-def _chosen(flag: str, given: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+def chosen(flag: str, given: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     """The given names, or all. Raises ``SystemExit`` naming one that is not known."""
     for name in given or ():
         if name not in known:
@@ -298,12 +283,12 @@ def _chosen(flag: str, given: Sequence[str] | None, known: Sequence[str]) -> lis
 
 def points(plan: Plan, device: torch.device) -> list[Point]:
     """What to measure, the most telling first; the compiler, which needs minutes, when all else is done."""
-    grids = {name: GRIDS[name] for name in _chosen("--grid", plan.grid, list(GRIDS))}
+    grids = {name: GRIDS[name] for name in chosen("--grid", plan.grid, list(GRIDS))}
     if plan.grid is None and plan.sizes != Sizes():
         grids = {"given": plan.sizes}
-    ops = [OPS[name] for name in _chosen("--ops", plan.ops, list(OPS))]
+    ops = [OPS[name] for name in chosen("--ops", plan.ops, list(OPS))]
     able = []
-    for name in _chosen("--implementations", plan.implementations, IMPLEMENTATIONS):
+    for name in chosen("--implementations", plan.implementations, IMPLEMENTATIONS):
         if why := registry.obstacle(name, device):
             bench.say(f"{name}: skipped, {why}")
         else:
@@ -359,7 +344,7 @@ def show(found: Sequence[Record]) -> None:
         return
     cache = "flushed" if first.flushed_bytes is not None else "exceeded"
     bench.say(
-        f"{first.op} ({first.grid}): {first.rounds if timed == [] else timed[0].rounds} rounds, {first.copies} copies "
+        f"{first.op} ({first.grid}): {timed[0].rounds} rounds, {first.copies} copies "
         f"of the inputs, {(first.rotated_bytes or 0) / 2**20:.1f} MiB, cache of {(first.cache_bytes or 0) / 2**20:.0f} "
         f"MiB {cache}"
     )

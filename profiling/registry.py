@@ -15,7 +15,7 @@ import functools
 import importlib.util
 import itertools
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +40,7 @@ GRIDS = {
 IMPLEMENTATIONS = ("triton", "torch", "eager", "compile")
 FLOAT_BYTES = 4
 ADAM_STEP = 3  # of the one flow step that starts from given moments
+DRAWS = 5  # of inputs, before an implementation is called wrong
 SHAKE = 0.2  # size of the random biases: a fresh network's are zero
 
 Outputs = dict[str, Tensor]
@@ -308,6 +309,38 @@ def fault(op: Op, prepared: Prepared, expected: Truth) -> str | None:
                 f"(PyTorch's {plain_mean:.1e})"
             )
     return None
+
+
+def check(
+    op: Op,
+    implementations: Sequence[str],
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    compiler: str = "inductor",
+) -> dict[str, str | None]:
+    """What is wrong with each implementation, or None; an implementation that raises is wrong too.
+
+    Where rounding puts a unit of a relu network on the other side of its kink, the score jumps, in any arithmetic. So
+    inputs are drawn anew up to ``DRAWS`` times: what is wrong is wrong in all of them.
+    """
+    draws: list[tuple[Inputs, Truth]] = []
+    found: dict[str, str | None] = {}
+    for implementation in implementations:
+        for draw in range(DRAWS):
+            if draw == len(draws):
+                inputs = op.build(sizes, dtype, device, torch.Generator().manual_seed(seed + draw))
+                draws.append((inputs, truth(op, inputs)))
+            inputs, expected = draws[draw]
+            try:
+                found[implementation] = fault(op, op.prepare(implementation, inputs.clone(), compiler), expected)
+            except Exception as error:  # whatever a compiler or a driver objects to
+                found[implementation] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                break
+            if found[implementation] is None:
+                break
+    return found
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------

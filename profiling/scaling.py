@@ -1,28 +1,26 @@
-"""How cost grows: ``python -m profiling.bench scaling``. One factor at a time is varied from the given sizes.
+"""How the cost grows with each size: ``python -m profiling.bench scaling``. See profiling/README.md.
 
-Measured are this library's value gradient flow, behaviour flow and training update, on the device's own backend. The
-law fitted to the medians of one curve is
-
-    time = a + b x^p,    a >= 0 the overhead of a call, b >= 0, p the exponent.
-
-It is least squares of *relative* errors, since times span orders of magnitude and err in proportion: for a given p the
-best a and b are a linear problem of two unknowns, so p alone is searched. ``misfit`` is the largest relative error that
-remains. An exponent says something where the largest cost is a multiple of the overhead.
+One size at a time is varied from the paper's. The library runs on the device's own backend; the points of a factor take
+turns, so that a slow minute of the machine bends no curve. Two exponents are given: p of a + b x^p through all points,
+where a is the overhead of a call, and the plain slope in logarithms of the upper half of the points, overhead and all.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from profiling import bench, machine, ops, records
+from profiling.ops import Timed
 from profiling.records import Record
-from profiling.registry import OPS
+from profiling.registry import OPS, Prepared
 from profiling.torch_methods import configurations
 from profiling.worker import Sizes, random_batch
 from vgf_fast import Learner, VGFPolicy
@@ -31,335 +29,323 @@ from vgf_fast.progress import progress_bar
 if TYPE_CHECKING:
     from profiling.bench import Plan
 
-BENCHMARK = "scaling"
-FLOW, BEHAVIOR, UPDATE = "value_gradient_flow", "behavior_flow", "update"
-SUBJECTS = (FLOW, BEHAVIOR, UPDATE)
-VALUES = {
-    "states": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536),
-    "particles": (1, 2, 4, 8, 16, 32, 64, 128),
-    "steps": (0, 1, 2, 4, 8, 16, 32),
-    "width": (64, 128, 256, 512, 1024),
-    "members": (1, 2, 3, 4, 6, 8, 10),
-}
-FIELDS = {"states": "batch", "particles": "particles", "steps": "flow_steps", "width": "hidden", "members": "members"}
-GROWTH = {"width": 2.0}  # the exponent expected of what comes next: products of square weights; 1 of all else
 DEFAULT_SECONDS = 280.0
-MIN_ROUNDS, MAX_ROUNDS = 3, 25
-QUICK_ROUNDS, QUICK_POINTS = 2, 4
-MIN_FIT_POINTS = 4  # one more than the law has constants
-SHORT_SECONDS = 0.02  # a shorter call is timed as the second of two
+DEFAULT_ROUNDS = 15
+MIN_ROUNDS = 3
+# A call that is expected to take longer needs no untimed one before it.
+UNTIMED_SECONDS = 0.3
+EXPONENTS = np.arange(0.2, 3.0, 0.005)
+UPDATE = "update"
+SCALED = ("value_gradient_flow", "behavior_flow", UPDATE)
 
 
-# --- curves and exponents of records ---------------------------------------------------------------------------------
+class Factor(NamedTuple):
+    """A size that is varied: its values, and the field of ``Sizes`` that it is for each operation it matters to."""
+
+    values: tuple[int, ...]
+    fields: Mapping[str, str]
 
 
-class ScalingCurve(NamedTuple):
-    """Median seconds of one operation against one factor, on one device."""
-
-    op: str
-    factor: str
-    device: str
-    dtype: str
-    threads: int
-    x: tuple[int, ...]  # ascending
-    seconds: tuple[float, ...]
-    sizes: dict[str, int]  # all others
-
-
-class Exponent(NamedTuple):
-    """The law a + b x^p of a curve."""
-
-    curve: ScalingCurve
-    overhead: float  # a, seconds
-    coefficient: float  # b, seconds
-    exponent: float  # p
-    misfit: float  # largest relative error
+FACTORS = {
+    "states": Factor((1, 4, 16, 64, 128, 256, 512, 1024, 4096, 16384, 65536), dict.fromkeys(SCALED, "batch")),
+    "particles": Factor((1, 2, 4, 8, 16, 32, 64, 128), dict.fromkeys(SCALED, "particles")),
+    "steps": Factor(
+        (0, 1, 2, 4, 8, 16, 32),
+        {"value_gradient_flow": "flow_steps", "behavior_flow": "behavior_steps", UPDATE: "flow_steps"},
+    ),
+    "width": Factor((64, 128, 256, 512, 1024), dict.fromkeys(SCALED, "hidden")),
+    "members": Factor((1, 2, 4, 6, 8, 10), {"value_gradient_flow": "members", UPDATE: "members"}),
+}
+QUICK_POINTS = 3
 
 
-def field_of(op: str, factor: str) -> str | None:
-    """The field of ``Sizes`` that a factor is for an operation, or None where its cost does not depend on it."""
-    if op == BEHAVIOR:
-        return {"steps": "behavior_steps", "members": None}.get(factor, FIELDS[factor])
-    return FIELDS[factor]
+# --- what is timed ---------------------------------------------------------------------------------------------------
 
 
-def curves(found: Sequence[Record]) -> list[ScalingCurve]:
-    """Every curve among records, by the newest record of each point; other benchmarks' records are passed over."""
-    points: dict[tuple[Any, ...], dict[int, Record]] = {}
-    for record in sorted(found, key=lambda record: record.date):
-        benchmark, _, factor = record.benchmark.partition(" ")
-        field = field_of(record.method, factor) if benchmark == BENCHMARK and factor in FIELDS else None
-        if field is None or record.p50 is None:
-            continue
-        sizes = {name: value for name, value in record.sizes.items() if name != field}
-        key = (record.method, factor, record.device, record.dtype, record.threads, tuple(sorted(sizes.items())))
-        points.setdefault(key, {})[record.sizes[field]] = record
-    found_curves = []
-    for (op, factor, device, dtype, threads, sizes), by_value in points.items():
-        x = tuple(sorted(by_value))
-        seconds = tuple(float(by_value[value].p50 or 0.0) for value in x)
-        found_curves.append(ScalingCurve(op, factor, device, dtype, threads, x, seconds, dict(sizes)))
-    return found_curves
+def _prepare_update(sizes: Sizes, device: torch.device, seed: int) -> Prepared:
+    """A training update as the learner does it, random numbers included."""
+    config, train = configurations(sizes)
+    learner = Learner(VGFPolicy(config, device=device, seed=seed), train)
+    rng = np.random.default_rng(seed)
+    batch = {name: torch.from_numpy(array).to(device) for name, array in random_batch(sizes, rng).items()}
+    return Prepared(lambda: learner.update(batch))
 
 
-def fit(x: Sequence[float], seconds: Sequence[float]) -> tuple[float, float, float, float]:
-    """a, b, p and misfit of time = a + b x^p by least squares of relative errors.
+def prepare(op: str, sizes: Sizes, device: torch.device, seed: int) -> Prepared:
+    """An operation of the registry, or the update, on the library's backend for the device."""
+    if op == UPDATE:
+        return _prepare_update(sizes, device, seed)
+    generator = torch.Generator().manual_seed(seed)
+    return OPS[op].prepare(backend(device), OPS[op].build(sizes, torch.float32, device, generator))
 
-    Raises ``ValueError`` with fewer than four points, or times that are not positive.
+
+def backend(device: torch.device) -> str:
+    """The library's own choice."""
+    return "triton" if device.type == "cuda" else "torch"
+
+
+def flops(op: str, sizes: Sizes) -> int:
+    """That it needs; an update's are its parts'."""
+    if op != UPDATE:
+        return OPS[op].flops(sizes)
+    parts = ("behavior_flow", "value_gradient_flow", "td_target", "critic_training_step", "behavior_training_step")
+    return sum(OPS[part].flops(sizes) for part in parts)
+
+
+# --- exponents -------------------------------------------------------------------------------------------------------
+
+
+class Fit(NamedTuple):
+    """time = overhead + scale * x ** exponent."""
+
+    overhead: float
+    scale: float
+    exponent: float
+
+    def __call__(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Seconds at x."""
+        return self.overhead + self.scale * x**self.exponent
+
+
+def fit(x: Sequence[float], seconds: Sequence[float]) -> Fit | None:
+    """The best a + b x^p with a >= 0, by relative error: for every p of a fine grid a and b are linear least squares.
+
+    None with fewer than four points, which three numbers would always fit.
     """
-    if len(x) != len(seconds) or len(x) < MIN_FIT_POINTS:
-        raise ValueError(f"{len(x)} points and {len(seconds)} times, expected the same number, at least 4")
-    t, base = np.asarray(seconds, dtype=np.float64), np.asarray(x, dtype=np.float64)
-    if not (t > 0.0).all() or not (base >= 0.0).all():
-        raise ValueError("seconds has an entry <= 0 or x one < 0, expected positive times")
-    base = base / base.max()
-
-    def constants(p: float) -> tuple[float, float, float]:
-        """The best a and b for an exponent, and the sum of squares they leave."""
-        columns = np.stack([np.ones_like(t), base**p], axis=1) / t[:, None]
-        # Of two unknowns bounded below by zero, the best is inside, or on one of the axes.
-        candidates = [np.linalg.lstsq(columns, np.ones_like(t), rcond=None)[0]]
-        for k in range(2):
-            alone = np.zeros(2)
-            alone[k] = columns[:, k].sum() / (columns[:, k] ** 2).sum()
-            candidates.append(alone)
-        squares = [(float(((columns @ c - 1.0) ** 2).sum()), c) for c in candidates if (c >= 0.0).all()]
-        error, (a, b) = min(squares, key=lambda pair: pair[0])
-        return float(a), float(b), error
-
-    low, high = 0.05, 4.0
-    for _ in range(4):
-        grid = np.linspace(low, high, 81)
-        best = int(np.argmin([constants(p)[2] for p in grid]))
-        low, high = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, 80)])
-    p = float(grid[best])
-    a, b, _ = constants(p)
-    misfit = float(np.abs((a + b * base**p) / t - 1.0).max())
-    return a, b / float(max(x)) ** p, p, misfit
+    if len(x) < 4:
+        return None
+    values, times = np.asarray(x, float), np.asarray(seconds, float)
+    best: tuple[float, Fit] | None = None
+    for p in EXPONENTS:
+        rows = np.stack([np.ones_like(values), values**p], axis=1) / times[:, None]
+        (a, b), *_ = np.linalg.lstsq(rows, np.ones_like(times), rcond=None)
+        if a < 0.0:
+            a, (b, *_) = 0.0, np.linalg.lstsq(rows[:, 1:], np.ones_like(times), rcond=None)[0]
+        found = Fit(float(a), float(b), float(p))
+        error = float(np.square(found(values) / times - 1.0).sum())
+        if best is None or error < best[0]:
+            best = (error, found)
+    assert best is not None
+    return best[1]
 
 
-def exponents(found: Sequence[Record]) -> list[Exponent]:
-    """The law of every curve among records that has enough points."""
-    return [Exponent(curve, *fit(curve.x, curve.seconds)) for curve in curves(found) if len(curve.x) >= MIN_FIT_POINTS]
+def upper_slope(x: Sequence[float], seconds: Sequence[float]) -> float | None:
+    """d log(time) / d log(x) by least squares over the upper half of the points, at least two; zeros are left out."""
+    kept = [(value, time) for value, time in zip(x, seconds, strict=True) if value > 0]
+    kept = kept[min(len(kept) // 2, max(len(kept) - 2, 0)) :]
+    if len(kept) < 2:
+        return None
+    values, times = np.log(np.asarray(kept, float)).T
+    return float(np.polyfit(values, times, 1)[0])
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Point:
-    """One size of one curve, ready to be called."""
-
-    x: int
-    sizes: Sizes
-    call: Callable[[], None]  # one call on fresh data, returning when its result is there
-    prepare: Callable[[], None]  # draws the data
-    built_bytes: int
-    peak_bytes: int = 0
-    first: float = 0.0  # seconds of the second call, which plans the rounds
-    times: list[float] = dataclasses.field(default_factory=list)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def build_point(subject: str, x: int, sizes: Sizes, device: torch.device, seed: int) -> Point:
-    """A subject at given sizes with weights and data of its own."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    if subject == UPDATE:
-        config, train = configurations(sizes)
-        learner = Learner(VGFPolicy(config, device=device, seed=seed), train)
-        rng = np.random.default_rng(seed)
-        batch: dict[str, torch.Tensor] = {}
-
-        def draw_batch() -> None:
-            batch.update({name: torch.from_numpy(a).to(device) for name, a in random_batch(sizes, rng).items()})
-            _synchronize(device)
-
-        def update() -> None:
-            learner.update(batch)
-            _synchronize(device)
-
-        return Point(x, sizes, update, draw_batch, ops._memory(device))
-    generator = torch.Generator(device).manual_seed(seed)
-    inputs = OPS[subject].build(sizes, torch.float32, device, generator)
-    prepared = OPS[subject].prepare("triton" if device.type == "cuda" else "torch", inputs)
-
-    def draw() -> None:
-        for name, tensor in inputs.data.items():
-            if name == "particles":
-                tensor.uniform_(-1.0, 1.0, generator=generator)
-            else:
-                tensor.normal_(generator=generator)
-        _synchronize(device)
-
-    def run() -> None:
-        prepared.run()
-        _synchronize(device)
-
-    return Point(x, sizes, run, draw, ops._memory(device))
-
-
-def timed(point: Point) -> float:
-    """Seconds of one call on fresh data."""
-    point.prepare()
-    start = time.perf_counter()
-    point.call()
-    return time.perf_counter() - start
-
-
-def measure_curve(
-    subject: str, factor: str, base: Sizes, device: torch.device, seed: int, seconds: float, quick: bool
-) -> tuple[list[Point], str | None]:
-    """Time a curve within about ``seconds``: its points, and why larger ones were left out."""
-    field = field_of(subject, factor)
-    assert field is not None
-    begin = time.perf_counter()
-    left_out = None
-    points: list[Point] = []
-    values = VALUES[factor] if subject != BEHAVIOR else tuple(value for value in VALUES[factor] if value > 0)
-    rounds = QUICK_ROUNDS if quick else MIN_ROUNDS
-    for x in values[:QUICK_POINTS] if quick else values:
-        planned = sum(point.first for point in points) * rounds
-        if points:
-            growth = (x / max(points[-1].x, 1)) ** GROWTH.get(factor, 1.0)
-            cost = points[-1].first * growth * (2 + rounds)
-            if time.perf_counter() - begin + planned + cost > seconds:
-                left_out = f"from {x} on: no time for {rounds} rounds of about {cost / (2 + rounds):.1f} s"
-                break
-        sizes = dataclasses.replace(base, **{field: x})
-        try:
-            point = build_point(subject, x, sizes, device, seed)
-            timed(point)
-            point.first = timed(point)
-        except torch.OutOfMemoryError:
-            left_out = f"from {x} on: out of memory"
+def points(factor: Factor, op: str, base: Sizes, seconds: float, rate: float) -> tuple[dict[int, Sizes], list[int]]:
+    """Sizes by value as many as fit into the time, smallest first, and the values left out."""
+    chosen: dict[int, Sizes] = {}
+    left = seconds
+    # A field of counts may be 0 for the flow's steps alone.
+    values = [value for value in factor.values if value > 0 or factor.fields[op] == "flow_steps"]
+    for value in values:
+        sizes = dataclasses.replace(base, **{factor.fields[op]: value})
+        call = flops(op, sizes) / rate
+        left -= call * (MIN_ROUNDS + (call < UNTIMED_SECONDS))
+        if left < 0.0:
             break
-        points.append(point)
-    for index in range(QUICK_ROUNDS if quick else MAX_ROUNDS):
-        if index >= rounds and time.perf_counter() - begin > seconds:
+        chosen[value] = sizes
+    return chosen, values[len(chosen) :]
+
+
+def take_turns(timed: Mapping[int, Timed], rounds: int, deadline: float) -> dict[int, list[float]]:
+    """Seconds of every point in every round, as ``ops.take_turns``; slow points need no untimed round."""
+    times: dict[int, list[float]] = {}
+    for value, point in timed.items():
+        first = point.seconds()
+        times[value] = [first] if first > UNTIMED_SECONDS else []
+    for index in range(rounds):
+        if index >= MIN_ROUNDS and time.perf_counter() > deadline:
             break
-        for turn in range(len(points)):
-            point = points[(index + turn) % len(points)]
-            if point.first < SHORT_SECONDS:
-                timed(point)
-            point.times.append(timed(point))
-    for point in points:
-        point.peak_bytes = ops._memory(device)
-    return points, left_out
+        for value, point in timed.items():
+            if len(times[value]) <= index:
+                times[value].append(point.seconds())
+    return times
 
 
-def to_records(
-    subject: str, factor: str, points: Sequence[Point], device: torch.device, shared: dict[str, Any]
+def measure(
+    name: str, op: str, sizes: Mapping[int, Sizes], device: torch.device, rounds: int, seconds: float, seed: int
 ) -> list[Record]:
-    """One record a point."""
+    """One factor and operation: a record a point."""
+    deadline = time.perf_counter() + seconds
+    # On a GPU what is overwritten keeps the device busy while the host launches what is timed.
+    flush = None
+    if device.type == "cuda":
+        flush = torch.empty(2 * ops.cache_bytes(device), dtype=torch.uint8, device=device)
+    # The learner replays CUDA graphs of its own.
+    timed = {
+        value: Timed([prepare(op, given, device, seed)], flush, graphs=op != UPDATE) for value, given in sizes.items()
+    }
+    times = take_turns(timed, rounds, deadline)
+    shared: dict[str, Any] = {
+        **ops.facts(device),
+        "benchmark": f"scaling {name}",
+        "op": op,
+        "method": f"{backend(device)}-float32",
+        "dtype": "float32",
+        "ratio_to_jax": None,
+        "ratio_to_eager": None,
+        "peak_bytes": ops.memory(device),
+        "built_bytes": ops.memory(device),
+        "copies": 1,
+        "cache_bytes": ops.cache_bytes(device),
+        "flushed_bytes": None if flush is None else flush.numel(),
+        "clocks": machine.gpu_clocks() if device.type == "cuda" else None,
+    }
     found = []
-    for point in points:
-        p20, p50, p80 = records.quantiles(point.times)
-        op = OPS.get(subject)
+    for value, own in times.items():
+        p20, p50, p80 = records.quantiles(own)
         found.append(
             Record(
                 **shared,
-                benchmark=f"{BENCHMARK} {factor}",
-                method=subject,
-                sizes=dataclasses.asdict(point.sizes),
-                rounds=len(point.times),
+                sizes=dataclasses.asdict(sizes[value]),
+                rounds=len(own),
                 p20=p20,
                 p50=p50,
                 p80=p80,
-                ratio_to_jax=None,
-                ratio_to_eager=None,
-                peak_bytes=point.peak_bytes,
-                built_bytes=point.built_bytes,
-                op=subject,
-                flops=None if op is None else op.flops(point.sizes),
-                moved_bytes=None if op is None else op.bytes(point.sizes, torch.float32),
-                timer="perf_counter",
-                clocks=machine.gpu_clocks() if device.type == "cuda" else None,
+                flops=flops(op, sizes[value]),
+                moved_bytes=None if op == UPDATE else OPS[op].bytes(sizes[value], torch.float32),
+                timer=timed[value].timer,
             )
         )
     return found
 
 
-# --- showing ---------------------------------------------------------------------------------------------------------
+# --- what a reader sees ----------------------------------------------------------------------------------------------
+
+
+class Curve(NamedTuple):
+    """The points of one factor and operation, by x."""
+
+    factor: str
+    op: str
+    x: list[int]
+    records: list[Record]
+
+    @property
+    def seconds(self) -> list[float]:
+        """Medians."""
+        return [record.p50 for record in self.records if record.p50 is not None]
+
+
+def curves(found: Sequence[Record]) -> list[Curve]:
+    """The scaling records as curves, in the order of the first records; of equal points the newest."""
+    newest: dict[tuple[str, str], dict[int, Record]] = {}
+    for record in sorted(found, key=lambda record: record.date):
+        name = record.benchmark.removeprefix("scaling ")
+        if name == record.benchmark or name not in FACTORS or record.op is None or record.p50 is None:
+            continue
+        newest.setdefault((name, record.op), {})[record.sizes[FACTORS[name].fields[record.op]]] = record
+    return [Curve(name, op, sorted(by_x), [by_x[x] for x in sorted(by_x)]) for (name, op), by_x in newest.items()]
 
 
 def show(found: Sequence[Record]) -> None:
-    """The laws of the curves among records, as a table."""
-    laws = exponents(found)
-    if not laws:
-        bench.say(f"no curve has the {MIN_FIT_POINTS} points that a law needs")
-        return
-    bench.say("time = a + b x^p: overhead a, exponent p, and the largest relative error that the law leaves")
-    bench.print_table(
-        {
-            "operation": [law.curve.op for law in laws],
-            "factor": [law.curve.factor for law in laws],
-            "range": [f"{law.curve.x[0]} .. {law.curve.x[-1]}" for law in laws],
-            "overhead ms": [bench.cell(law.overhead, 1e3, 2) for law in laws],
-            "largest ms": [bench.cell(law.curve.seconds[-1], 1e3, 2) for law in laws],
-            "exponent": [bench.cell(law.exponent, 1.0, 2) for law in laws],
-            "misfit %": [bench.cell(law.misfit, 100.0, 0) for law in laws],
-        }
-    )
+    """A table of exponents."""
+    rows = []
+    for curve in curves(found):
+        fitted = fit(curve.x, curve.seconds)
+        rows.append(
+            (
+                curve.op,
+                curve.factor,
+                f"{curve.x[0]} .. {curve.x[-1]}",
+                f"{curve.seconds[0] * 1e3:.3f} .. {curve.seconds[-1] * 1e3:.3f}",
+                bench.cell(None if fitted is None else fitted.exponent, 1.0, 2),
+                bench.cell(None if fitted is None else fitted.overhead, 1e3, 3),
+                bench.cell(upper_slope(curve.x, curve.seconds), 1.0, 2),
+            )
+        )
+    names = ("operation", "varied", "values", "ms", "p of a + b x^p", "a, ms", "slope, upper half")
+    bench.print_table({name: [row[i] for row in rows] for i, name in enumerate(names)})
 
 
-def plot(found: Sequence[Record], path: str) -> None:
-    """A panel a factor, both axes logarithmic: measured points, and the laws as lines. Raises ``ImportError``."""
+def plot(found: Sequence[Record], path: str | os.PathLike[str]) -> None:
+    """Draw time against each factor, a panel each; needs matplotlib. Raises ``ValueError`` without scaling records."""
     from matplotlib.figure import Figure
 
-    laws = {(law.curve.op, law.curve.factor): law for law in exponents(found)}
-    by_factor: dict[str, list[ScalingCurve]] = {}
-    for curve in curves(found):
-        by_factor.setdefault(curve.factor, []).append(curve)
-    figure = Figure(figsize=(4.0 * len(by_factor), 3.6), layout="constrained")
-    for axes, (factor, group) in zip(
-        figure.subplots(1, len(by_factor), squeeze=False)[0], by_factor.items(), strict=True
-    ):
-        for curve in group:
-            law = laws.get((curve.op, factor))
-            label = curve.op if law is None else f"{curve.op}, p = {law.exponent:.2f}"
-            (line,) = axes.plot(curve.x, curve.seconds, "o", markersize=4, label=label)
-            if law is not None:
-                x = np.linspace(curve.x[0], curve.x[-1], 200)
-                axes.plot(x, law.overhead + law.coefficient * x**law.exponent, color=line.get_color(), linewidth=1.0)
-        # No steps at all are a point of their own.
-        axes.set_xscale("symlog", linthresh=1.0)
-        axes.set_yscale("log")
-        axes.set_xlabel(factor)
-        axes.set_ylabel("seconds")
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+    drawn = curves(found)
+    if not drawn:
+        raise ValueError("there are no scaling records, expected some of `python -m profiling.bench scaling`")
+    names = list(dict.fromkeys(curve.factor for curve in drawn))
+    operations = list(dict.fromkeys(curve.op for curve in drawn))
+    figure = Figure(figsize=(3.2 * len(names), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for panel, name in zip(panels, names, strict=True):
+        for curve in (curve for curve in drawn if curve.factor == name):
+            color = f"C{operations.index(curve.op)}"
+            milliseconds = 1e3 * np.asarray(curve.seconds)
+            spread = [
+                [
+                    1e3 * abs((record.p50 or 0.0) - (edge or 0.0))
+                    for record, edge in zip(curve.records, edges, strict=True)
+                ]
+                for edges in ([r.p20 for r in curve.records], [r.p80 for r in curve.records])
+            ]
+            label = curve.op.replace("_", " ")
+            panel.errorbar(curve.x, milliseconds, yerr=spread, fmt="o", ms=3, color=color, label=label)
+            if fitted := fit(curve.x, curve.seconds):
+                grid = np.geomspace(max(curve.x[0], 0.5), curve.x[-1], 100)
+                panel.plot(grid, 1e3 * fitted(grid), lw=1, color=color)
+        # Linear below 1: the flow may have no steps.
+        panel.set_xscale("symlog", base=2, linthresh=1)
+        panel.set_yscale("log")
+        panel.set_xlabel(name)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("ms a call")
+    panels[0].legend(fontsize=8)
+    first = drawn[0].records[0]
+    figure.suptitle(f"{first.device}, {first.method}; other sizes the paper's; lines: a + b x^p", fontsize=10)
+    figure.savefig(path, dpi=150)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
 def run(plan: Plan) -> bool:
-    """Measure, record and show every curve, each in its share of the time; whether anything was timed."""
-    subjects = ops._chosen("--ops", plan.ops, SUBJECTS)
-    factors = ops._chosen("--factors", plan.factors, list(VALUES))
+    """Measure, show, record and draw; whether anything was timed."""
     device = ops.set_up(plan)
-    shared = {**ops.facts(device), "dtype": "float32"}
-    todo = [(subject, factor) for factor in factors for subject in subjects if field_of(subject, factor)]
-    end = time.perf_counter() + (plan.seconds or DEFAULT_SECONDS)
+    chosen = ops.chosen("--factors", plan.factors, list(FACTORS))
+    wanted = ops.chosen("--ops", plan.ops, SCALED)
+    todo: list[tuple[str, str]] = [(name, op) for name in chosen for op in wanted if op in FACTORS[name].fields]
+    deadline = time.perf_counter() + (plan.seconds or DEFAULT_SECONDS)
+    rounds = plan.rounds or (bench.QUICK_ROUNDS if plan.quick else DEFAULT_ROUNDS)
+    rate = ops.flop_rate(device)
     found: list[Record] = []
+    left_out = []
     with progress_bar("scaling", total=len(todo)) as advance:
-        for index, (subject, factor) in enumerate(todo):
-            # What a curve leaves over is shared by those after it.
-            share = max(end - time.perf_counter(), 0.0) / (len(todo) - index)
-            points, left_out = measure_curve(subject, factor, plan.sizes, device, plan.seed, share, plan.quick)
-            if left_out is not None:
-                bench.say(f"{subject}, {factor}: left out {left_out}")
-            measured = to_records(subject, factor, points, device, shared)
-            if plan.out is not None:
-                records.append(plan.out, measured)
-            found += measured
+        for index, (name, op) in enumerate(todo):
+            seconds = max(deadline - time.perf_counter(), 0.0) / (len(todo) - index)
+            sizes, missing = points(FACTORS[name], op, plan.sizes, seconds, rate)
+            if plan.quick:
+                sizes = dict(list(sizes.items())[:QUICK_POINTS])
+            if sizes:
+                measured = measure(name, op, sizes, device, rounds, seconds, plan.seed)
+                found += measured
+                if plan.out is not None:
+                    records.append(plan.out, measured)
+            if missing:
+                left_out.append(f"{op}, {name}: {', '.join(map(str, missing))} left out, no time left")
             advance()
+    for line in left_out:
+        bench.say(line)
+    if not found:
+        bench.say("scaling: no point fits into the time")
+        return False
+    bench.say(f"scaling: {found[0].device}, {found[0].threads} threads, {found[0].method}")
     show(found)
     if plan.plot is not None:
-        plot(found, plan.plot)
-    return bool(found)
+        try:
+            plot(found, plan.plot)
+        except ImportError as error:
+            bench.say(f"no drawing: {error}")
+    return True
