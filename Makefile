@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PARALLEL := -n 2
 endif
 
-.PHONY: demo test lint format gpu bench report clean
+.PHONY: demo test lint format gpu bench report nsys ncu clean
 
 demo: $(READY)
 	$(PYTHON) -m vgf_fast.cli demo
@@ -33,6 +33,9 @@ bench: $(READY)
 
 report: $(READY)
 	$(PYTHON) -m profiling.report
+
+nsys ncu: $(READY)
+	$(PYTHON) -m profiling.nsight $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

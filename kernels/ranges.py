@@ -52,7 +52,8 @@ def span(name: str) -> AbstractContextManager[Any]:
 def switch(kind: str | None) -> None:
     """Ranges of that kind from now on, or none.
 
-    Raises ``ValueError`` for an unknown kind, and ``ImportError`` for "nvtx" without the package of that name.
+    Raises ``ValueError`` for an unknown kind, and ``ImportError`` for "nvtx" with neither the package of that name
+    nor a PyTorch for CUDA, which has ranges of its own.
     """
     global _open
     if kind is not None and kind not in KINDS:
@@ -76,6 +77,10 @@ def _nvtx() -> _Open:
     try:
         import nvtx
     except ImportError as error:
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.nvtx.range
         raise ImportError(f"ranges of kind 'nvtx' need the package nvtx ({error}): pip install nvtx") from error
     return lambda name: nvtx.annotate(name, domain="vgf_fast")
 
