@@ -6,43 +6,11 @@ import torch
 
 import vgf_fast.llm  # noqa: F401  before transformers: it keeps our folder ``kernels`` from being taken for another
 
-WORDS = [
-    "the",
-    "a",
-    "old",
-    "young",
-    "man",
-    "woman",
-    "dog",
-    "cat",
-    "house",
-    "tree",
-    "walks",
-    "sleeps",
-    "runs",
-    "sees",
-    "in",
-    "on",
-    "under",
-    "near",
-    "big",
-    "small",
-    "red",
-    "green",
-    "and",
-    "quickly",
-    "slowly",
-    "rain",
-    "sun",
-    "river",
-    "boat",
-    "good",
-    "bad",
-    "very",
-    "happy",
-    "sad",
-    "play",
-]
+WORDS = (
+    *("the", "a", "old", "young", "man", "woman", "dog", "cat", "house", "tree", "walks", "sleeps", "runs", "sees"),
+    *("in", "on", "under", "near", "big", "small", "red", "green", "and", "quickly", "slowly", "rain", "sun", "river"),
+    *("boat", "good", "bad", "very", "happy", "sad", "play"),
+)
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 

@@ -11,10 +11,12 @@ from vgf_fast.llm import (
     BestOfN,
     Decoding,
     EmbeddingFlow,
+    LatentFlow,
     ReferenceModel,
     RewardModel,
     TokenBudget,
     TokenSearch,
+    Usage,
     compare,
 )
 
@@ -332,3 +334,50 @@ def test_bad_settings_are_named(arguments, words):
     for wrong in ({"trust_radius": 0.0}, {"reward_units": 0}, {"steps": -1}):
         with pytest.raises(ValueError, match="Budget"):
             TokenBudget(**wrong)
+
+
+def latent_flow(**arguments):
+    """Latents [N, 5] to three embeddings near the words of a sentence."""
+    reward, reference = models()
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 3 * 16, generator=generator) * 0.3
+    base = reward.embed(torch.tensor(reward.vocabulary.encode("walks near river"))).flatten()
+    flow = LatentFlow(
+        reward, decoder=lambda z: (base + z @ weight.to(z)).reshape(len(z), 3, 16), reference=reference, **arguments
+    )
+    return flow, [torch.randn(4, 5, generator=generator) * 0.1 for _ in PROMPTS]
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+@pytest.mark.parametrize("svgd", [False, True])
+def test_latents_move_and_texts_get_better(straight_through, svgd):
+    flow, latents = latent_flow(straight_through=straight_through, svgd=svgd, fluency=None)
+    still = flow.align_latents(PROMPTS, latents, budget=TransportBudget(steps=0))
+    moved = flow.align_latents(PROMPTS, latents, budget=TransportBudget(steps=8, step_size=1.0))
+    for prompt, before, after in zip(PROMPTS, still.responses, moved.responses, strict=True):
+        assert all(r.text == "walks near river" and not r.tokens_changed for r in before)
+        assert max(r.reward for r in after) > max(r.reward for r in before)
+        for r in after:
+            assert r.reward == pytest.approx(reward_of(flow, prompt, r.text), abs=1e-4)
+    assert all(t.mmd_squared <= t.bound for t in moved.transport)
+
+
+def test_a_latent_step_is_the_gradient_through_decoder_and_reward():
+    flow, latents = latent_flow(straight_through=False, normalized=False, fluency=None)
+    z = latents[0].clone().requires_grad_()
+    context = flow.vocabulary.encode(PROMPTS[0])
+    ids = torch.tensor([[*flow.reward.prefix, *context, 6, 6, 6, *flow.reward.suffix]]).expand(4, -1)
+    whole = flow.reward.embed(ids)
+    start = 1 + len(context)
+    whole = torch.cat([whole[:, :start], flow.decoder(z), whole[:, start + 3 :]], dim=1)
+    values = flow.reward.model(inputs_embeds=whole, attention_mask=torch.ones(whole.shape[:2])).logits[:, 0]
+    (expected,) = torch.autograd.grad(values.sum(), z)
+    found = flow._direction(context, latents[0], TransportBudget(temperature=0.5), Usage())
+    torch.testing.assert_close(found, expected / 0.5, rtol=1e-4, atol=1e-5)
+
+
+def test_a_latent_decoder_of_another_shape_is_refused():
+    reward, _ = models()
+    flow = LatentFlow(reward, decoder=lambda z: z)
+    with pytest.raises(ValueError, match=r"decoder returned shape \(2, 5\)"):
+        flow.align_latents(["the"], [torch.zeros(2, 5)])

@@ -17,6 +17,7 @@ from vgf_fast.config import TransportBudget  # noqa: E402
 from vgf_fast.llm.baselines import BestOfN, TokenSearch, compare, summary  # noqa: E402
 from vgf_fast.llm.decoding import Decoding  # noqa: E402
 from vgf_fast.llm.embedding_flow import EmbeddingFlow, TokenBudget  # noqa: E402
+from vgf_fast.llm.latent import LatentFlow  # noqa: E402
 from vgf_fast.llm.reference_model import ReferenceModel  # noqa: E402
 from vgf_fast.llm.result import AlignResult, Response, Transport, Usage  # noqa: E402
 from vgf_fast.llm.reward import CallableReward, Reward, RewardModel  # noqa: E402
@@ -27,6 +28,7 @@ __all__ = [
     "CallableReward",
     "Decoding",
     "EmbeddingFlow",
+    "LatentFlow",
     "ReferenceModel",
     "Response",
     "Reward",

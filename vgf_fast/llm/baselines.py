@@ -104,6 +104,7 @@ class TokenSearch(Aligner):
         now = torch.tensor(ids, device=table.device)
         gradient = run.gradients[key]
         gain: Tensor = gradient @ table.T - (gradient * table[now]).sum(-1, keepdim=True)
+        run.usage.vocabulary_rows += len(ids)
         gain[:, ~(self.vocabulary.allowed & ~self.vocabulary.continues)] = -torch.inf
         # A word of several pieces is not swapped in part.
         pieces = self.vocabulary.continues[now]

@@ -101,6 +101,8 @@ class BeamDecoder:
         None where no weight gives one, and the places in ``weights`` where they were found.
         """
         near = self.near(particles)
+        if usage is not None:
+            usage.vocabulary_rows += sum(map(len, current))
         rows = len(current)
         last = len(self.how.weights) - 1
         found: list[Hypothesis | None] = [None] * rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -131,10 +131,7 @@ class Aligner:
         if seed is not None:
             device = self.reference.device if self.reference is not None else self.reward.device
             generator = torch.Generator(device).manual_seed(seed)
-        contexts = [self.vocabulary.encode(prompt) for prompt in prompts]
-        for prompt, ids in zip(prompts, contexts, strict=True):
-            if not ids:
-                raise ValueError(f"prompt {prompt!r} is empty, expected at least one token")
+        contexts = self._contexts(prompts)
         first = self._first(contexts, responses, self._samples(budget, num_particles), generator, usage)
         run = Run(self, list(prompts), contexts, first, max_perplexity, usage)
         limit = getattr(budget, "reward_units", None)
@@ -143,6 +140,13 @@ class Aligner:
             raise ValueError(f"reward_units is {limit}, expected at least one for each of {most} responses to a prompt")
         self._improve(run, budget)
         return run.result(self.method, budget, began)
+
+    def _contexts(self, prompts: Sequence[str]) -> list[list[int]]:
+        contexts = [self.vocabulary.encode(prompt) for prompt in prompts]
+        for prompt, ids in zip(prompts, contexts, strict=True):
+            if not ids:
+                raise ValueError(f"prompt {prompt!r} is empty, expected at least one token")
+        return contexts
 
     def _samples(self, budget: TransportBudget, num_particles: int) -> int:
         return num_particles
@@ -408,7 +412,6 @@ class _Flow:
         self.second_moment = torch.zeros_like(self.u)
         self.steps = 0
         self.longest = 0.0  # step of a particle
-        self.steepest = 0.0  # gradient of a particle
         self.real = torch.zeros(self.u.shape[:2], dtype=torch.bool, device=self.u.device)
         for row, length in enumerate(self.lengths):
             self.real[row, :length] = True
@@ -424,7 +427,6 @@ class _Flow:
     def move(self, gradient: Tensor) -> None:
         """One step of all particles along the reward's gradient [M, T, d] at each."""
         budget = self.budget
-        self.steepest = max(self.steepest, float(gradient.flatten(1).norm(dim=1).max()))
         if self.aligner.svgd:
             direction = torch.zeros_like(gradient)
             for group in self.groups:
@@ -518,6 +520,7 @@ class _Flow:
             assert gradient is not None
             self.move(gradient)
         flat = self.u.flatten(0, 1)
+        run.usage.vocabulary_rows += sum(self.lengths)
         _, nearest = nearest_token(flat, aligner.reward.table, mask=aligner.vocabulary.allowed)
         tokens = nearest.reshape(self.u.shape[:2]).tolist()
         for row, particle in enumerate(run.particles):
@@ -534,19 +537,11 @@ class _Flow:
         self.run.embeddings = self.u
         for prompt, group in enumerate(self.groups):
             before, after = self.starts[group].flatten(1), self.u[group].flatten(1)
-            self.run.transport[prompt] = transport(before, after, self._bound)
-
-    def _bound(self, sigma: float) -> float:
-        root = sigma * math.sqrt(math.e)
-        length = self.longest
-        if self.aligner.update == "ascent":
-            size, alpha = self.budget.step_size * self.aligner.unit, self.budget.temperature
-            length = size * (self.steepest / alpha + (1 / root if self.aligner.svgd else 0))
-        return 2 * self.steps * length / root
+            self.run.transport[prompt] = transport(before, after, self.steps * self.longest)
 
 
-def transport(before: Tensor, after: Tensor, bound: Callable[[float], float]) -> Transport:
-    """MMD^2 between particles [N, D] and [N, D], and its bound for the kernel's width sigma."""
+def transport(before: Tensor, after: Tensor, path: float) -> Transport:
+    """MMD^2 between particles [N, D] and [N, D], and its bound for paths no longer than ``path``."""
     distances = torch.cdist(before.double(), before.double()).square()
     sigma = math.sqrt(0.5 * float(distances.median())) or math.sqrt(before.shape[1])
 
@@ -554,4 +549,4 @@ def transport(before: Tensor, after: Tensor, bound: Callable[[float], float]) ->
         return float((-torch.cdist(a.double(), b.double()).square() / (2 * sigma**2)).exp().mean())
 
     squared = mean(before, before) - 2 * mean(before, after) + mean(after, after)
-    return Transport(max(squared, 0.0), bound(sigma))
+    return Transport(max(squared, 0.0), 2 * path / (sigma * math.sqrt(math.e)))

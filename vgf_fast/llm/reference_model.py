@@ -84,7 +84,7 @@ class ReferenceModel:
             )
 
     def end_log_probability(self, log_probability: Tensor) -> Tensor:
-        """log p of ending, [...] from [..., V]."""
+        """log p of ending, [...] from log-probabilities [..., V]; from logits, short of the same constant."""
         return log_probability[..., self.end].logsumexp(-1)
 
     def _call(
@@ -205,10 +205,10 @@ class ReferenceModel:
                 logits = self.model(input_ids=ids, attention_mask=mask).logits
             for row, i in enumerate(chunk):
                 length, total = len(responses[i]), len(rows[i])
-                log_probability = logits[row, total - length - 1 : total].float().log_softmax(-1)
+                own = logits[row, total - length - 1 : total].float()
                 token = torch.tensor(responses[i], device=self.device)
-                scores[i] = log_probability[:-1].gather(-1, token[:, None]).sum()
-                scores[i] += self.end_log_probability(log_probability[-1])
+                scores[i] = own[:-1].gather(-1, token[:, None]).sum() - own.logsumexp(-1).sum()
+                scores[i] += self.end_log_probability(own[-1])
             if usage is not None:
                 usage.reference_calls += 1
                 usage.reference_tokens += int(mask.sum())

