@@ -1,11 +1,13 @@
-"""Write the README's performance tables from the committed records: ``python -m profiling.report``, ``make report``.
+"""Write the README's performance tables and charts from the records: ``python -m profiling.report``, ``make report``.
 
 What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced; nothing else is touched. No record, no number.
+The charts in ``docs/`` are drawn anew when the numbers they show have changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -13,14 +15,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from profiling import charts, records, scaling
+from profiling.charts import Bars, Curve
+from profiling.records import Record
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
 RESULTS = REPOSITORY / "profiling" / "results"
+DOCS = REPOSITORY / "docs"
 NOT_YET = "Not yet measured on a GPU."
 NAMES = {
     "ours-float32": "vgf_fast, float32",
     "ours-bfloat16": "vgf_fast, bfloat16 matrix products",
+    "torch-float32": "vgf_fast on its PyTorch backend, float32",
+    "torch-bfloat16": "vgf_fast on its PyTorch backend, bfloat16",
     "eager-float32": "plain PyTorch with autograd, float32",
+    "compile-float32": "torch.compile, max-autotune, float32",
+    "compile-bfloat16": "torch.compile, max-autotune, bfloat16",
     "jax-release": "public JAX release, jit, float32",
 }
 
@@ -41,6 +52,12 @@ def latest(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
             if record["method"] not in same or record["date"] >= same[record["method"]]["date"]:
                 same[record["method"]] = record
     return found
+
+
+def newest(path: Path) -> list[Record]:
+    """The records of a file without those that a later one of the same measurement replaces; none without a file."""
+    found = sorted(records.read(path), key=lambda record: record.date) if path.is_file() else []
+    return list({(r.benchmark, r.method, r.grid, json.dumps(r.sizes)): r for r in found}.values())
 
 
 def _ratio(record: dict[str, Any] | None) -> str:
@@ -111,10 +128,135 @@ def resources() -> str:
     )
 
 
+def _cell(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _named(path: Path, found: Sequence[Record], command: str) -> str:
+    dates = ", ".join(sorted({record.date[:10] for record in found}))
+    devices = ", ".join(sorted({record.device for record in found}))
+    return f"Record: `{path.relative_to(REPOSITORY)}` ({dates}, {devices}), from `python -m profiling.{command}`."
+
+
+def operations(path: Path) -> str:
+    """Time of every operation as a multiple of eager PyTorch's and of torch.compile's, at two sizes."""
+    found = [record for record in newest(path) if record.p50 is not None and record.benchmark.startswith("op ")]
+    if not found:
+        return NOT_YET
+    ours = "triton" if any(record.method.startswith("triton") for record in found) else "torch"
+    shown = {(r.op, r.grid, r.dtype): r for r in found if r.method == f"{ours}-{r.dtype}"}
+    columns = [(g, d) for g in ("paper", "one state") for d in ("float32", "bfloat16")]
+    columns = [column for column in columns if any(key[1:] == column for key in shown)]
+    rows = []
+    for op in dict.fromkeys(key[0] for key in shown):
+        cells = [shown.get((op, *column)) for column in columns]
+        both = [(_cell(r.ratio_to_eager), _cell(r.ratio_to_compile)) if r else ("", "") for r in cells]
+        rows.append([f"`{op}`", *(" / ".join(filter(None, pair)) for pair in both)])
+    header = ["x eager / x torch.compile", *(f"{grid}, {dtype}" for grid, dtype in columns)]
+    return table(header, rows) + "\n\n" + _named(path, found, "bench ops")
+
+
+def exponents(path: Path) -> str:
+    """How the cost grows with each size."""
+    found = newest(path)
+    if not found:
+        return NOT_YET
+    rows = []
+    for curve in scaling.curves(found):
+        fitted = scaling.fit(curve.x, curve.seconds)
+        values = f"{curve.x[0]} to {curve.x[-1]}"
+        exponent = _cell(None if fitted is None else fitted.exponent)
+        rows.append([f"`{curve.op}`", curve.factor, values, exponent])
+    header = ["", "varied", "from, to", "exponent p of a + b x^p"]
+    return table(header, rows) + "\n\n" + _named(path, found, "bench scaling")
+
+
+def roofline(path: Path) -> str:
+    """What the machine can do, and how much of it each operation gets."""
+    if not path.is_file():
+        return NOT_YET
+    found = json.loads(path.read_text(encoding="utf-8"))
+    ceilings = found["ceilings"]
+    rates = "; ".join(f"{dtype} {rate * 1e-12:.3g} TFLOP/s" for dtype, rate in ceilings["matrix"].items())
+    rows = [
+        [
+            f"`{op['op']}`",
+            op["grid"],
+            op["dtype"],
+            _cell(op["flops"] * 1e-9),
+            op["bound"],
+            _cell(100.0 * op["fraction"], 0),
+        ]
+        for op in found["ops"]
+    ]
+    source = f"Record: `{path.relative_to(REPOSITORY)}` ({found['date'][:10]}, {found['device']})"
+    measured = f"Measured ceilings: matrix products {rates}; copy {ceilings['memory'] * 1e-9:.3g} GB/s; "
+    launch = f"an operator or launch {ceilings['launch'] * 1e6:.2g} us."
+    header = ["", "sizes", "dtype", "GFLOP", "bound by", "% of what is possible"]
+    return f"{table(header, rows)}\n\n{measured}{launch} {source}, from `python -m profiling.roofline`."
+
+
+def gpu() -> str:
+    """All of a GPU, as far as there are records."""
+    parts = [times(RESULTS / "gpu.jsonl"), operations(RESULTS / "gpu.jsonl"), roofline(RESULTS / "roofline-cuda.json")]
+    return "\n\n".join(dict.fromkeys(parts))
+
+
+# --- charts ----------------------------------------------------------------------------------------------------------
+
+
+def update_bars() -> list[Bars]:
+    """Time of an update by method, a panel a record: the JAX release is 1, or eager PyTorch where it was not there."""
+    panels = []
+    for name in ("cpu", "gpu"):
+        found = latest(RESULTS / f"{name}.jsonl").get("update", {})
+        against = "jax" if "jax-release" in found else "eager"
+        values = {
+            label: 1.0 if method == "jax-release" else found[method][f"ratio_to_{against}"]
+            for method, label in NAMES.items()
+            if method in found and found[method]["p50"] is not None
+        }
+        if values:
+            peer = NAMES["jax-release" if against == "jax" else "eager-float32"]
+            device = next(iter(found.values()))["device"]
+            panels.append(Bars(f"One training update, {device}", f"time, multiples of: {peer}", values))
+    return panels
+
+
+def cost_curves(path: Path) -> list[Curve]:
+    """Cost against states, as rows, in multiples of that of one state."""
+    found = []
+    for curve in scaling.curves(newest(path)):
+        if curve.factor == "states":
+            rows = [record.sizes["batch"] * record.sizes["particles"] for record in curve.records]
+            cost = [seconds / curve.seconds[0] for seconds in curve.seconds]
+            found.append(Curve(curve.op.replace("_", " "), rows, cost))
+    return found
+
+
+def draw(check: bool) -> bool:
+    """Draw the charts whose numbers changed, or with ``check`` none; whether all showed their numbers already."""
+    wanted: list[tuple[Path, Any, Callable[[Path], None]]] = []
+    if panels := update_bars():
+        wanted.append((DOCS / "update_time.png", panels, lambda path: charts.time_by_method(path, panels)))
+    if curves := cost_curves(RESULTS / "scaling-cpu.jsonl"):
+        title, unit = "Cost against rows, CPU", "time, multiples of that of one state"
+        draw_curves = functools.partial(charts.cost_against_rows, curves=curves, title=title, unit=unit)
+        wanted.append((DOCS / "cost_against_rows.png", [curves, title, unit], draw_curves))
+    stale = [(path, make) for path, numbers, make in wanted if charts.stored_digest(path) != charts.digest(numbers)]
+    if not check:
+        for path, make in stale:
+            make(path)
+    return not stale
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "cpu": lambda: times(RESULTS / "cpu.jsonl"),
-    "gpu": lambda: times(RESULTS / "gpu.jsonl"),
+    "gpu": gpu,
     "launches": launches,
+    "ops": lambda: operations(RESULTS / "ops-cpu.jsonl"),
+    "scaling": lambda: exponents(RESULTS / "scaling-cpu.jsonl"),
+    "roofline": lambda: roofline(RESULTS / "roofline-cpu.json"),
     "resources": resources,
 }
 
@@ -132,16 +274,17 @@ def rendered(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the README, or with ``--check`` say whether it is what the records give."""
+    """Write the README and the charts, or with ``--check`` say whether they are what the records give."""
     parser = argparse.ArgumentParser(prog="python -m profiling.report", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit status 1 if the README is out of date"
+        "--check", action="store_true", help="write nothing; exit status 1 if the README or a chart is out of date"
     )
     options = parser.parse_args(arguments)
     before = README.read_text(encoding="utf-8")
     after = rendered(before)
+    drawn = draw(options.check)
     if options.check:
-        return int(after != before)
+        return int(after != before or not drawn)
     if after != before:
         README.write_text(after, encoding="utf-8")
     return 0
