@@ -1,9 +1,11 @@
 """The report's charts: a picture knows the numbers it shows, and is drawn anew only for others."""
 
 import pytest
+from test_profiling import load_profiling
 
-from profiling import charts, report
-from profiling.charts import Bars, Curve
+load_profiling()
+from profiling import charts, report  # noqa: E402
+from profiling.charts import Bars, Curve  # noqa: E402
 
 PANELS = [Bars("One update", "multiples", {"vgf_fast": 0.5, "a peer": 1.0})]
 CURVES = [Curve("flow", [10, 100, 1000], [1.0, 3.0, 20.0]), Curve("update", [10, 100], [1.0, 5.0])]
