@@ -6,6 +6,15 @@ import signal
 import pytest
 import torch
 
+try:
+    import hypothesis
+except ImportError:
+    pass
+else:
+    # The same examples in every run.
+    hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
+    hypothesis.settings.load_profile("fixed")
+
 if not torch.cuda.is_available():
     # Triton reads it once, when it is first imported.
     os.environ["TRITON_INTERPRET"] = "1"
