@@ -43,4 +43,6 @@ clean:
 $(VENV)/.ready: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	# The d4rl package asks for MuJoCo's old bindings; what the tests compare with needs none of it.
+	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt d4rl gym gym_notices
 	touch $@

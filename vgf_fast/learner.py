@@ -393,7 +393,13 @@ class Learner:
 
         def one() -> dict[str, Tensor]:
             with ranges.span("vgf/sample_batch"):
-                data = self._batch(dataset.sample(size, self.generator), check=False)
+                if dataset.device.type == self.policy.device.type:
+                    drawn = dataset.sample(size, self.generator)
+                else:
+                    # The generator is on the policy's device, the transitions in the host's memory.
+                    where = {"generator": self.generator, "device": self.policy.device}
+                    drawn = dataset.take(torch.randint(dataset.size, (size,), **where))
+                data = self._batch(drawn, check=False)
             return self._update(data, self._noise(None, size))
 
         if dataset.device != self.policy.device:

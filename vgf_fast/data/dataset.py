@@ -142,7 +142,7 @@ class Dataset:
 
         done = fields.pop("terminals", None)
         if done is None:
-            ends = _trajectory_ends(fields["observations"], fields["next_observations"])
+            ends = trajectory_ends(fields["observations"], fields["next_observations"])
         else:
             _check_rows("terminals", done, (done == 0) | (done == 1), "expected 0 or 1")
             ends = done.bool()
@@ -152,10 +152,7 @@ class Dataset:
         for name, field in fields.items():
             target: torch.Tensor = getattr(dataset, name)
             target.copy_(field)
-            _check_rows(name, field, torch.isfinite(target), f"expected finite numbers in {dtype}")
-        low_high = f"expected in [-1, 1]: rescale the actions, they are not clipped by more than {ACTION_TOLERANCE:g}"
-        _check_rows("actions", fields["actions"], fields["actions"].abs() <= 1.0 + ACTION_TOLERANCE, low_high)
-        _check_rows("masks", fields["masks"], (fields["masks"] >= 0) & (fields["masks"] <= 1), "expected in [0, 1]")
+            check_column(name, field, target)
         dataset.actions.clamp_(-action_clip, action_clip)
         return dataset
 
@@ -307,16 +304,29 @@ def _as_tensor(name: str, array: Array, rank: int, floating: bool = False) -> to
     return array.detach()
 
 
-def _check_rows(name: str, values: torch.Tensor, good: torch.Tensor, expected: str) -> None:
+def check_column(name: str, given: torch.Tensor, stored: torch.Tensor, first_row: int = 0) -> None:
+    """Raise a ValueError for values of a field that are not finite as stored, or out of its range.
+
+    `given`, `stored`: [M] or [M, D], rows `first_row` and after of the field.
+    """
+    _check_rows(name, given, torch.isfinite(stored), f"expected finite numbers in {stored.dtype}", first_row)
+    if name == "actions":
+        expected = f"expected in [-1, 1]: rescale the actions, they are not clipped by more than {ACTION_TOLERANCE:g}"
+        _check_rows(name, given, given.abs() <= 1.0 + ACTION_TOLERANCE, expected, first_row)
+    if name == "masks":
+        _check_rows(name, given, (given >= 0) & (given <= 1), "expected in [0, 1]", first_row)
+
+
+def _check_rows(name: str, values: torch.Tensor, good: torch.Tensor, expected: str, first_row: int = 0) -> None:
     """Raise a ValueError that names the first row of `values` [M] or [M, D] where `good` is false."""
     if bool(good.all()):
         return
     row, *column = torch.nonzero(~good)[0].tolist()
-    where = f"row {row}" + (f", column {column[0]}" if column else "")
+    where = f"row {first_row + row}" + (f", column {column[0]}" if column else "")
     raise ValueError(f"{name} holds {values[(row, *column)].item():.7g} in {where}, {expected}")
 
 
-def _trajectory_ends(observations: torch.Tensor, next_observations: torch.Tensor) -> torch.Tensor:
+def trajectory_ends(observations: torch.Tensor, next_observations: torch.Tensor) -> torch.Tensor:
     """[M] bool: true where the next observation is not the observation of the following row, and on the last row."""
     ends = torch.ones(observations.shape[0], dtype=torch.bool, device=observations.device)
     ends[:-1] = (next_observations[:-1] != observations[1:]).any(dim=1)

@@ -1,0 +1,363 @@
+"""D4RL data sets, from their original HDF5 files, without the d4rl package.
+
+Transitions are those of d4rl's ``qlearning_dataset``, rewards as the public release of VGF transforms them. A task's
+files and reference scores are those of D4RL 1.1.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+
+from vgf_fast.data.dataset import ACTION_CLIP, ACTION_TOLERANCE, Dataset
+from vgf_fast.progress import progress_bar
+
+if TYPE_CHECKING:
+    from http.client import HTTPResponse
+
+Arrays: TypeAlias = "dict[str, np.ndarray[Any, Any]]"
+
+DATASET_DIR_VARIABLE = "D4RL_DATASET_DIR"
+DEFAULT_DATASET_DIR = "~/.d4rl/datasets"
+SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
+CHUNK_BYTES = 2**20
+KEYS = ("observations", "actions", "rewards", "terminals")
+
+# Returns of a random and of an expert policy, between which a score is normalised to 0 and 100.
+REFERENCE_RETURNS = {
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "ant": (-325.6, 3879.7),
+    "antmaze": (0.0, 1.0),
+    "pen": (96.262799, 3076.8331017826877),
+    "door": (-56.512833, 2880.5693087298737),
+    "hammer": (-274.856578, 12794.134825156867),
+    "relocate": (-6.425911, 4233.877797728884),
+}
+LOCOMOTION = {
+    "halfcheetah": ("HalfCheetah-v4", {}),
+    "hopper": ("Hopper-v4", {}),
+    "walker2d": ("Walker2d-v4", {}),
+    # D4RL's ant observes contact forces.
+    "ant": ("Ant-v4", {"use_contact_forces": True}),
+}
+_LEVELS = ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert")
+_MAZES = {
+    "umaze": ("u-maze", False, False),
+    "umaze-diverse": ("u-maze", True, True),
+    "medium-play": ("big-maze", True, False),
+    "medium-diverse": ("big-maze", True, True),
+    "large-play": ("hardest-maze", True, False),
+    "large-diverse": ("hardest-maze", True, True),
+}
+_HANDS = ("pen", "door", "hammer", "relocate")
+# Steps after which D4RL ends an episode, where a file does not say.
+_EPISODE_STEPS = {"umaze": 700, **dict.fromkeys(("medium", "large"), 1000)}
+_HAND_STEPS = {"pen": 100, **dict.fromkeys(("door", "hammer", "relocate"), 200)}
+
+
+def _urls() -> dict[str, str]:
+    found = {}
+    for name in LOCOMOTION:
+        for level in _LEVELS:
+            for version in ("v1", "v2"):
+                file = f"{name}_{level.replace('-', '_')}-{version}.hdf5"
+                found[f"{name}-{level}-{version}"] = f"{SERVER}/gym_mujoco_{version}/{file}"
+    for name, (maze, start, goal) in _MAZES.items():
+        file = f"Ant_maze_{maze}_noisy_multistart_{start}_multigoal_{goal}_sparse"
+        found[f"antmaze-{name}-v0"] = f"{SERVER}/ant_maze_new/{file}.hdf5"
+        found[f"antmaze-{name}-v2"] = f"{SERVER}/ant_maze_v2/{file}_fixed.hdf5"
+    for name in _HANDS:
+        for level in ("human", "cloned", "expert"):
+            found[f"{name}-{level}-v1"] = f"{SERVER}/hand_dapg_v1/{name}-{level}-v1.hdf5"
+    return found
+
+
+URLS = _urls()  # task -> address of its file
+
+
+class D4RLData(NamedTuple):
+    """A task's data.
+
+    Attributes:
+        train: the transitions, with rewards ``reward_scale * reward + reward_shift``.
+        task: such as "hopper-medium-v2".
+        reward_scale, reward_shift: what the rewards of the file became; an online phase must use the same.
+        score: returns of the file's own rewards that are normalised to 0 and 100.
+    """
+
+    train: Dataset
+    task: str
+    reward_scale: float
+    reward_shift: float
+    score: tuple[float, float]
+
+
+def family(task: str) -> str:
+    """The robot of a task, such as "hopper". Raises ``ValueError`` with the closest names for one that is none."""
+    if task not in URLS:
+        close = ", ".join(difflib.get_close_matches(str(task), URLS, n=3, cutoff=0.0))
+        raise ValueError(f"task is {task!r}, which is not a D4RL task with states; the closest are {close}")
+    return task.split("-")[0]
+
+
+def load(
+    task: str,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    url: str | None = None,
+    normalize_reward: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> D4RLData:
+    """Load a task's transitions.
+
+    A step that ends by timeout is dropped and never terminal, since its next observation is not in the file; AntMaze
+    rewards become reward - 1, locomotion rewards are scaled by 1000 / (largest - smallest return of a trajectory).
+    Actions are clipped to +-(1 - 1e-5).
+
+    Args:
+        task: such as "hopper-medium-v2".
+        path: the HDF5 file, or a folder that has it; nothing is downloaded then. None: the folder in the environment
+            variable D4RL_DATASET_DIR, else "~/.d4rl/datasets", into which a missing file is downloaded.
+        url: address to download from instead of D4RL's server, such as a mirror's.
+        normalize_reward: False leaves locomotion rewards as they are.
+        device, dtype: of the transitions; the default device is the CPU.
+        progress: whether a download shows a bar.
+
+    Raises:
+        ValueError: an unknown task; a file that is damaged, or has missing keys, arrays of unequal lengths, NaN, or
+            integer or image observations: the message names file, key and row.
+        FileNotFoundError: ``path`` is not there. ConnectionError: the download failed. ImportError: no h5py.
+    """
+    robot = family(task)
+    file = find(task, path, url=url, progress=progress)
+    arrays = read(file)
+    found = transitions(arrays, episode_steps(task))
+    if len(found["rewards"]) == 0:
+        raise ValueError(f"{file} holds no transitions: {len(arrays['rewards'])} rows, expected at least 2 in a row")
+    # With the file's rewards, as they were counted when the reference returns were.
+    scale, shift = 1.0, 0.0
+    if robot == "antmaze":
+        shift = -1.0
+    elif robot in LOCOMOTION and normalize_reward:
+        # A trajectory that the file breaks off has no return.
+        last = [arrays[name][-2:].any() for name in ("terminals", "timeouts") if name in arrays]
+        scale = return_scale(file, found["rewards"], found["ends"], cut_off=not any(last))
+    outside = int((np.abs(found["actions"]) > 1.0 + ACTION_TOLERANCE).any(axis=1).sum())
+    if outside:
+        warnings.warn(f"{file}: {outside} actions lie outside [-1, 1], and are clipped", stacklevel=2)
+    train = Dataset.from_arrays(
+        observations=found["observations"],
+        actions=np.clip(found["actions"], -ACTION_CLIP, ACTION_CLIP),
+        next_observations=found["next_observations"],
+        rewards=scale * found["rewards"] + shift,
+        masks=1.0 - found["terminals"],
+        terminals=found["ends"],
+        device=device,
+        dtype=dtype,
+    )
+    return D4RLData(train, task, scale, shift, REFERENCE_RETURNS[robot])
+
+
+def episode_steps(task: str) -> int:
+    """Steps after which D4RL ends an episode of a task."""
+    robot = family(task)
+    if robot == "antmaze":
+        return _EPISODE_STEPS[task.split("-")[1]]
+    return _HAND_STEPS.get(robot, 1000)
+
+
+def return_scale(file: Path, rewards: np.ndarray, ends: np.ndarray, cut_off: bool) -> float:
+    """1000 / (largest - smallest return) of trajectories; rewards, ends [M]; without the last one if it is cut off."""
+    totals = np.cumsum(rewards.astype(np.float64))[ends]
+    returns = np.diff(totals, prepend=0.0)[: -1 if cut_off else None]
+    if len(set(returns.tolist())) < 2:
+        raise ValueError(
+            f"{file} has {len(returns)} whole trajectories, expected two with different returns, to scale rewards by: "
+            "use normalize_reward=False"
+        )
+    return float(1000.0 / (returns.max() - returns.min()))
+
+
+def transitions(arrays: Mapping[str, np.ndarray], max_episode_steps: int) -> Arrays:
+    """d4rl's ``qlearning_dataset`` of the arrays of a file, and where trajectories end.
+
+    Without ``timeouts`` among the arrays, an episode ends by timeout after ``max_episode_steps`` steps, counted as
+    there: an episode that follows a terminal step begins with one.
+
+    Returns observations, next_observations [M, O], actions [M, A], rewards [M], all float32; terminals and ends [M],
+    bool: ``ends`` is true at the last transition of every trajectory.
+    """
+    rows = len(arrays["rewards"]) - 1
+    terminals = arrays["terminals"][: max(rows, 0)].astype(bool)
+    if "timeouts" in arrays:
+        timeouts = arrays["timeouts"][: max(rows, 0)].astype(bool)
+    else:
+        timeouts = _count_timeouts(terminals, max_episode_steps)
+    kept = np.flatnonzero(~timeouts)
+    # What follows a kept row in the file is not kept, or begins another episode.
+    follows = np.append(np.diff(kept) == 1, False) & ~terminals[kept]
+    single = {name: np.asarray(arrays[name]).astype(np.float32, copy=False) for name in KEYS[:3]}
+    return {
+        "observations": single["observations"][kept],
+        "next_observations": single["observations"][kept + 1],
+        "actions": single["actions"][kept],
+        "rewards": single["rewards"][kept],
+        "terminals": terminals[kept],
+        "ends": ~follows,
+    }
+
+
+def _count_timeouts(terminals: np.ndarray, max_episode_steps: int) -> np.ndarray:
+    timeouts = np.zeros(len(terminals), bool)
+    step = 0
+    for row, terminal in enumerate(terminals.tolist()):
+        if step == max_episode_steps - 1:
+            timeouts[row] = True
+            step = 0
+            continue
+        step = 1 if terminal else step + 1
+    return timeouts
+
+
+def read(file: Path) -> Arrays:
+    """The checked arrays of a file: observations [M, O], actions [M, A], rewards, terminals and perhaps timeouts [M].
+
+    Raises ``ValueError`` as ``load`` does.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(f"h5py cannot be imported ({error}): pip install 'vgf_fast[envs]'") from error
+    try:
+        with h5py.File(file, "r") as content:
+            missing = [key for key in KEYS if key not in content]
+            if missing:
+                raise ValueError(f"{file} has no {' and no '.join(missing)}; it has {', '.join(sorted(content))}")
+            wanted = [*KEYS, *(["timeouts"] if "timeouts" in content else [])]
+            arrays = {key: np.asarray(content[key][()]) for key in wanted}
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged, or no HDF5 file ({error}): delete it, and get it again") from error
+    for name in ("rewards", "terminals", "timeouts"):
+        # Some files have a column where others have a vector.
+        if name in arrays and arrays[name].ndim == 2 and arrays[name].shape[1] == 1:
+            arrays[name] = arrays[name][:, 0]
+    size = len(arrays["rewards"])
+    for name, array in arrays.items():
+        rank = 2 if name in ("observations", "actions") else 1
+        if name == "observations" and (array.ndim > 2 or array.dtype.kind not in "f"):
+            raise ValueError(
+                f"{file}: observations have shape {array.shape} and dtype {array.dtype}: images and integers are not "
+                "supported, because the networks take vectors of real numbers"
+            )
+        if array.ndim != rank or len(array) != size:
+            expected = f"({size}, width)" if rank == 2 else f"({size},)"
+            raise ValueError(f"{file}: {name} has shape {array.shape}, expected {expected}, as rewards")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            row = int(np.argwhere(~np.isfinite(array))[0][0])
+            raise ValueError(f"{file}: {name} has NaN or infinity in row {row}, expected finite numbers")
+    return arrays
+
+
+def find(
+    task: str, path: str | os.PathLike[str] | None = None, *, url: str | None = None, progress: bool = True
+) -> Path:
+    """The file of a task, downloaded if need be; arguments and errors as ``load``'s."""
+    name = Path(urlsplit(URLS[task]).path).name
+    if path is not None:
+        given = Path(path).expanduser()
+        for file in (given / name, given / f"{task}.hdf5", given):
+            if file.is_file():
+                return file
+        expected = f"{given} to be a file" if not given.is_dir() else f"{name} or {task}.hdf5 in it"
+        raise FileNotFoundError(f"{given} has no data of {task}: expected {expected}, from {url or URLS[task]}")
+    folder = Path(os.environ.get(DATASET_DIR_VARIABLE) or DEFAULT_DATASET_DIR).expanduser()
+    for file in (folder / name, folder / f"{task}.hdf5"):
+        if file.is_file():
+            return file
+    return download(url or URLS[task], folder / name, progress=progress)
+
+
+def download(url: str, file: Path, progress: bool = True) -> Path:
+    """Download to ``file``, going on with what an interrupted download left beside it.
+
+    Raises ``ConnectionError`` when the server is away, or sends another number of bytes than it said.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.part")
+    have = part.stat().st_size if part.is_file() else 0
+    advice = f"get {url} elsewhere and put it at {file}, or give its path or a mirror's address"
+    try:
+        answer, have = _request(url, have)
+        with answer:
+            length = answer.headers.get("Content-Length")
+            total = None if length is None else have + int(length)
+            with (
+                part.open("ab" if have else "wb") as out,
+                progress_bar(f"downloading {file.name}", -(-(total or 0) // CHUNK_BYTES), progress) as advance,
+            ):
+                advance(have // CHUNK_BYTES)
+                while chunk := answer.read(CHUNK_BYTES):
+                    out.write(chunk)
+                    advance()
+    except (URLError, ConnectionError, TimeoutError, OSError) as error:
+        raise ConnectionError(f"{url} could not be downloaded ({error}): {advice}") from error
+    size = part.stat().st_size
+    if total is not None and size != total:
+        if size > total:
+            part.unlink()
+        raise ConnectionError(f"{url} ended after {size} of {total} bytes: call again to go on, or {advice}")
+    os.replace(part, file)
+    return file
+
+
+def _request(url: str, have: int) -> tuple[HTTPResponse, int]:
+    """The answer, and how many of its file's bytes come before it: none if the server does not go on."""
+    request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        answer = urlopen(request, timeout=DOWNLOAD_TIMEOUT)
+    except HTTPError as error:
+        # 416: there is nothing after what we have, so it is another file's, or whole already.
+        if have and error.code == 416:
+            return urlopen(Request(url), timeout=DOWNLOAD_TIMEOUT), 0
+        raise
+    return answer, have if answer.status == 206 else 0
+
+
+def make_env(task: str) -> Any:
+    """The Gymnasium environment that a task is evaluated in: the -v4 of its robot.
+
+    Raises ``ValueError`` for tasks that Gymnasium has no environment of: AntMaze and the hands.
+    """
+    robot = family(task)
+    if robot not in LOCOMOTION:
+        raise ValueError(
+            f"task is {task!r}, which cannot be evaluated here, because Gymnasium has no environment with its "
+            "observations: evaluate with a make_env of your own, or train without (run.eval_interval=0)"
+        )
+    import gymnasium
+
+    name, options = LOCOMOTION[robot]
+    with warnings.catch_warnings():
+        # -v4 is what the scores are of; Gymnasium would rather have -v5.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return gymnasium.make(name, **options)
+
+
+def environment(task: str) -> Callable[[], Any] | None:
+    """What makes a task's environment, or None of a task that has none."""
+    return (lambda: make_env(task)) if family(task) in LOCOMOTION else None
