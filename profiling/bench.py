@@ -340,7 +340,7 @@ def print_table(columns: dict[str, list[str]]) -> None:
             table.add_column(name, justify="right" if table.columns else "left", no_wrap=True)
         for row in zip(*columns.values(), strict=True):
             table.add_row(*row)
-        Console(width=100).print(table)
+        Console(width=140).print(table)
         return
     widths = [max(map(len, (name, *cells))) for name, cells in columns.items()]
     for row in (tuple(columns), *zip(*columns.values(), strict=True)):

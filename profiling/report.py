@@ -57,7 +57,7 @@ def latest(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
 def newest(path: Path) -> list[Record]:
     """The records of a file without those that a later one of the same measurement replaces; none without a file."""
     found = sorted(records.read(path), key=lambda record: record.date) if path.is_file() else []
-    return list({(r.benchmark, r.method, r.grid, json.dumps(r.sizes)): r for r in found}.values())
+    return list({(r.benchmark, r.op, r.method, r.grid, json.dumps(r.sizes)): r for r in found}.values())
 
 
 def _ratio(record: dict[str, Any] | None) -> str:

@@ -471,7 +471,7 @@ def test_evaluate(finished, tmp_path, capsys):
     for more, message in (
         ([], "there is no task"),
         (["--env", "Reacher-v5"], "observations have 10 entries, expected 2"),
-        (["--env", "Reacher-v99"], "--env is Reacher-v99: "),
+        (["--env", "Reacher-v99"], "env is Reacher-v99: "),
         (["--env", "Reacher-v5", "--task", TASK], "expected only one of them"),
     ):
         assert main(["evaluate", "--policy", str(finished / "policy"), *more]) == 1

@@ -1,4 +1,4 @@
-"""The command line: vgf-fast demo | generate | train | evaluate | info.
+"""The command line: vgf-fast demo | generate | train | evaluate | reproduce | presets | info.
 
 Exit codes: 0 done, 1 a mistake that is told in one line, 2 wrong usage, 130 interrupted. ``VGF_FAST_DEBUG=1`` shows the
 traceback of a mistake.
@@ -14,7 +14,6 @@ import os
 import pkgutil
 import platform
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +65,7 @@ class Generate:
 
 @dataclasses.dataclass
 class Train:
-    """Train a policy on an OGBench task. Flags override --set, which overrides --config, which overrides --preset."""
+    """Train a policy on a task's data. Flags override --set, which overrides --config, which overrides --preset."""
 
     out: Path  # directory of the run
     preset: str | None = None  # settings of the paper, such as ogbench/cube-double-play
@@ -84,7 +83,7 @@ class Evaluate:
     """Evaluate a saved policy for several numbers of flow steps, on the same episodes."""
 
     policy: Path  # directory of a saved policy, or of a run
-    task: str | None = None  # OGBench single task; default: the run's
+    task: str | None = None  # as in training; default: the run's
     env: str | None = None  # a Gymnasium environment instead, such as Reacher-v5
     flow_steps: tuple[int, ...] = (0, 1, 2, 3)  # numbers of flow steps (L_test)
     behavior_cloning: bool = False  # the behaviour model alone, too
@@ -96,6 +95,27 @@ class Evaluate:
     json: Path | None = None  # file to write the results to
     device: str | None = None  # cpu, cuda, ...; default: the GPU if there is one
     backend: Backend = "auto"  # auto, triton or torch
+
+
+@dataclasses.dataclass
+class Reproduce:
+    """Train and evaluate a preset with several seeds, as the paper does; the same command goes on after a stop."""
+
+    out: Path  # directory of a run for each seed, evaluations.csv, summary.json and curve.png
+    preset: str | None = None  # settings of the paper, such as ogbench/cube-double-play/task2
+    config: Path | None = None  # YAML file with the sections policy, train and run, over the preset
+    set: tuple[str, ...] = ()  # any settings, over both: run.steps=100000 policy.particles=5
+    seeds: str = "0..7"  # such as 0..7 or 0,3,5
+    dataset_dir: str | None = None  # folder of the task's files
+    device: str | None = None  # cpu, cuda, ...; default: the GPU if there is one
+
+
+@dataclasses.dataclass
+class Presets:
+    """List the presets: the paper's settings by name, and its scores."""
+
+    name: str | None = None  # show one with all its settings
+    json: bool = False  # as JSON
 
 
 @dataclasses.dataclass
@@ -143,7 +163,7 @@ def _generate(options: Generate, console: Console) -> None:
 
 def _train(options: Train, sections: Sections, console: Console) -> None:
     from vgf_fast import run as runs
-    from vgf_fast.data import ogbench
+    from vgf_fast.data import tasks
 
     run, out = options.run, options.out
     if runs.holds_run(out) and not options.resume:
@@ -154,13 +174,17 @@ def _train(options: Train, sections: Sections, console: Console) -> None:
         raise ValueError("there is no task: give --task, or a preset or configuration with run.task")
     if run.dataset_dir is not None:
         run = dataclasses.replace(run, dataset_dir=str(Path(run.dataset_dir).expanduser().resolve()))
-    data = ogbench.load(run.task, run.dataset_dir, device=runs.choose_device(run.device))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        console.line(ogbench.summary(data.train, run.task))
-    for warning in caught:
-        console.line(f"warning: {warning.message}")
-    learner = runs.open_learner(out, sections, data.train, run)
+    if tasks.is_file(run.task):
+        run = dataclasses.replace(run, task=str(Path(run.task).expanduser().resolve()))
+    device, dtype = runs.choose_device(run.device), getattr(torch, run.data_precision)
+    task = tasks.load(run.task, run.dataset_dir, env=run.env, device=device, dtype=dtype)
+    for line in task.summary.splitlines():
+        console.line(line)
+    if task.evaluation.make_env is None and run.eval_interval:
+        raise ValueError(
+            f"{run.task} has no environment to evaluate in: give --env, or train without by --eval-interval 0"
+        )
+    learner = runs.open_learner(out, sections, task.train, run)
     policy = learner.policy
     backend = functional.resolve_backend(
         policy.backend, policy.device, policy.config.particles, policy.config.action_dim, policy.particle_dtype
@@ -168,7 +192,7 @@ def _train(options: Train, sections: Sections, console: Console) -> None:
     weights = sum(parameter.numel() for parameter in policy.parameters())
     start = f"going on after {learner.step:,} of" if learner.step else "training for"
     console.line(f"{start} {run.steps:,} updates: {weights:,} weights on {policy.device}, backend {backend}")
-    runs.train(out, run, learner, data.train, lambda: ogbench.make_env(run.task), console)
+    runs.train(out, run, learner, task.train, task.evaluation, console)
     console.line(f"done; evaluate with: vgf-fast evaluate --policy {out}")
 
 
@@ -187,6 +211,7 @@ def _train_settings(options: Train) -> Sections:
 
 
 def _evaluate(options: Evaluate, console: Console) -> None:
+    from vgf_fast.data import tasks
     from vgf_fast.evaluation import evaluate
     from vgf_fast.policy import MODEL_FILE, VGFPolicy
     from vgf_fast.run import POLICY, SETTINGS_FILE, choose_device
@@ -197,25 +222,17 @@ def _evaluate(options: Evaluate, console: Console) -> None:
     folder, task = options.policy, options.task
     if not (folder / MODEL_FILE).is_file() and (folder / POLICY / MODEL_FILE).is_file():
         folder = folder / POLICY
+    dataset_dir, env = None, options.env
     if task is None and options.env is None and (options.policy / SETTINGS_FILE).is_file():
-        task = read_file(options.policy / SETTINGS_FILE).get("run", {}).get("task")
+        saved = read_file(options.policy / SETTINGS_FILE).get("run", {})
+        task, dataset_dir, env = saved.get("task"), saved.get("dataset_dir"), saved.get("env")
     policy = VGFPolicy.from_pretrained(folder, device=choose_device(options.device), backend=options.backend)
-    if options.env is not None:
-        import gymnasium
-
-        name = options.env
-        try:
-            gymnasium.spec(name)
-        except gymnasium.error.Error as error:
-            raise ValueError(f"--env is {name}: {error}") from error
-        make_env = lambda: gymnasium.make(name)  # noqa: E731
-    elif task:
-        from vgf_fast.data import ogbench
-
-        name = task
-        make_env = lambda: ogbench.make_env(name)  # noqa: E731
-    else:
+    if not task and env is None:
         raise ValueError("there is no task: give --task, or --env for a Gymnasium environment")
+    name = env or task
+    make_env, score = tasks.environment(task or "", dataset_dir, env=env)
+    if make_env is None:
+        raise ValueError(f"{task} has no environment to evaluate in: give --env")
     results = evaluate(
         policy,
         make_env,
@@ -225,6 +242,7 @@ def _evaluate(options: Evaluate, console: Console) -> None:
         num_envs=options.num_envs,
         behavior_cloning=options.behavior_cloning,
         workers=options.workers,
+        score=score,
         confidence=options.confidence,
     )
     console.results(f"{name}, {options.episodes} episodes", results, options.confidence)
@@ -238,6 +256,56 @@ def _evaluate(options: Evaluate, console: Console) -> None:
         }
         checkpoints.write_text(options.json, json.dumps(record, indent=2) + "\n")
         console.line(f"written: {options.json}")
+
+
+def _reproduce(options: Reproduce, console: Console) -> None:
+    from vgf_fast import reproduce
+    from vgf_fast.presets import preset
+    from vgf_fast.settings import layered
+
+    sections = layered(options.preset, options.config, options.set, {})
+    for name in ("dataset_dir", "device"):
+        if getattr(options, name) is not None:
+            sections["run"][name] = getattr(options, name)
+    if not sections["run"].get("task"):
+        raise ValueError("there is no task: give --preset, or a configuration with run.task")
+    paper = None if options.preset is None else preset(options.preset).paper
+    seeds = reproduce.parse_seeds(options.seeds)
+    found = reproduce.reproduce(options.out, sections, seeds, paper, console)
+    title = f"{options.preset or sections['run']['task']}: {len(found.seeds)} seeds, {found.steps:,} updates"
+    console.table(title, *reproduce.table(found))
+    console.line(f"written to {options.out}: {reproduce.EVALUATIONS}, {reproduce.SUMMARY}, {reproduce.CURVE}")
+
+
+def _presets(options: Presets, console: Console) -> None:
+    from vgf_fast.presets import preset, presets, train_presets
+
+    names = list(presets) if options.name is None else [options.name]
+    if options.json or options.name is not None:
+        found = {name: dataclasses.asdict(preset(name)) | {"ours": sorted(preset(name).ours)} for name in names}
+        console.line(json.dumps(found, indent=2))
+        return
+    rows = []
+    for name in names:
+        policy, train, one = presets[name], train_presets[name], preset(name)
+        budget, paper = policy.train_budget, one.paper
+        score = "" if paper is None else f"{paper.vgf:g} ({paper.fql:g} / {paper.iql:g})"
+        rows.append(
+            [
+                name,
+                f"{policy.observation_dim} / {policy.action_dim}",
+                f"{train.discount:g}",
+                policy.target_q_aggregation,
+                f"{budget.steps} / {budget.step_size:g} / {budget.temperature:g}",
+                f"{one.run.get('steps', 0):,}",
+                score if not paper or not paper.about or "/task" not in name else "",
+            ]
+        )
+    header = ["preset", "O / A", "discount", "TD target", "L / eps / alpha", "updates", "paper: VGF (FQL / IQL)"]
+    console.table("Presets", header, rows)
+    console.line(
+        "Scores of OGBench are means of an environment's five tasks. --name shows a preset, and what is ours in it."
+    )
 
 
 def information() -> dict[str, Any]:
@@ -298,7 +366,7 @@ def _parse(arguments: list[str]) -> tuple[Any, Sections]:
         raise ValueError(
             "--set is given twice, of which only the last would count: put all assignments after one --set"
         )
-    commands: Any = Demo | Generate | Train | Evaluate | Info
+    commands: Any = Demo | Generate | Train | Evaluate | Reproduce | Presets | Info
     command = tyro.cli(commands, prog="vgf-fast", args=arguments, config=config, description=__doc__)
     if not isinstance(command, Train):
         return command, {}
@@ -324,7 +392,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(command, Train):
             _train(command, sections, console)
         else:
-            functions: dict[type, Any] = {Demo: _demo, Generate: _generate, Evaluate: _evaluate, Info: _info}
+            functions: dict[type, Any] = {
+                Demo: _demo,
+                Generate: _generate,
+                Evaluate: _evaluate,
+                Reproduce: _reproduce,
+                Presets: _presets,
+                Info: _info,
+            }
             functions[type(command)](command, console)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2

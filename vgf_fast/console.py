@@ -44,6 +44,7 @@ class Console:
     ) -> None:
         """A row for each result, after one for ``baseline``: name, mean return, and its interval's low and high."""
         has_success = any(result.success_mean is not None for result in results)
+        has_score = any(result.normalized_mean is not None for result in results)
         columns = ["", "return", f"{100 * confidence:g} % interval", "steps"]
         rows = []
         if baseline is not None:
@@ -54,8 +55,13 @@ class Console:
             if has_success:
                 parts = (result.success_mean, result.success_low, result.success_high)
                 rows[-1] += _mean_and_interval(*(100.0 * part for part in parts if part is not None))
+            if has_score:
+                score = (result.normalized_mean, result.normalized_low, result.normalized_high)
+                rows[-1] += _mean_and_interval(*(part for part in score if part is not None))
         if has_success:
             columns += ["success %", "interval"]
+        if has_score:
+            columns += ["normalised score", "interval"]
         self.table(title, columns, rows)
 
 

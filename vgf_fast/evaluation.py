@@ -127,6 +127,15 @@ def evaluate(
     return results
 
 
+def check_environment(policy: VGFPolicy, make_env: Callable[[], Any]) -> None:
+    """Raise ``ValueError`` or ``TypeError`` for an environment that the policy does not fit, as ``evaluate`` does."""
+    simulators = make_simulators(make_env, 1, "sync")
+    try:
+        _check_spaces(policy, simulators.spaces)
+    finally:
+        simulators.close()
+
+
 def bootstrap_interval(values: Sequence[float] | np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of values [M], from ``BOOTSTRAP_RESAMPLES`` seeded resamples."""
     array = np.asarray(values, dtype=np.float64)

@@ -397,8 +397,8 @@ class Learner:
                     drawn = dataset.sample(size, self.generator)
                 else:
                     # The generator is on the policy's device, the transitions in the host's memory.
-                    where = {"generator": self.generator, "device": self.policy.device}
-                    drawn = dataset.take(torch.randint(dataset.size, (size,), **where))
+                    index = torch.randint(dataset.size, (size,), generator=self.generator, device=self.policy.device)
+                    drawn = dataset.take(index)
                 data = self._batch(drawn, check=False)
             return self._update(data, self._noise(None, size))
 

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -27,7 +27,8 @@ import torch
 from vgf_fast import checkpoints
 from vgf_fast.config import TrainConfig, VGFConfig
 from vgf_fast.data.dataset import Dataset
-from vgf_fast.evaluation import EvaluationResult, evaluate
+from vgf_fast.data.tasks import Evaluation
+from vgf_fast.evaluation import EvaluationResult, check_environment, evaluate
 from vgf_fast.learner import LEARNER_FILE, Learner
 from vgf_fast.policy import CONFIG_FILE, MODEL_FILE, VGFPolicy
 from vgf_fast.progress import progress_bar
@@ -40,7 +41,7 @@ STOP_SECONDS = 0.5  # between looks at whether to stop
 LINE_SECONDS = 30.0  # between lines where there is no terminal
 EVAL_COLUMNS = (
     "label", "flow_steps", "episodes", "return_mean", "return_low", "return_high", "success_mean", "success_low",
-    "success_high", "length_mean",
+    "success_high", "normalized_mean", "normalized_low", "normalized_high", "length_mean",
 )  # fmt: skip
 
 
@@ -189,24 +190,31 @@ def train(
     run: RunConfig,
     learner: Learner,
     dataset: Dataset,
-    make_env: Callable[[], Any] | None,
+    evaluation: Evaluation,
     reporter: Reporter,
     progress: bool = True,
+    again: str | None = None,
 ) -> None:
-    """Train to ``run.steps`` updates in all, evaluating in ``make_env`` (None: not at all) and saving to ``out``.
+    """Train to ``run.steps`` updates in all, evaluating in ``evaluation``, if it has an environment, saving to ``out``.
+
+    ``again`` is the command that goes on with an interrupted run, if it is not ``vgf-fast train``'s own.
 
     Raises ``InterruptedRunError`` after SIGINT or SIGTERM, with everything saved, and ``ArithmeticError`` when the
     loss is no longer a number.
     """
     if learner.step > run.steps:
         raise ValueError(f"run.steps is {run.steps}, but the checkpoint in {out} has {learner.step} updates already")
+    if evaluation.make_env is not None and run.eval_interval:
+        # Rather now than after the first hundred thousand updates.
+        check_environment(learner.policy, evaluation.make_env)
     out.mkdir(parents=True, exist_ok=True)
     policy, train_ = learner.policy.config.to_dict(), learner.config.to_dict()
     sections = {"policy": policy, "train": train_, "run": dataclasses.asdict(run)}
     checkpoints.write_text(out / SETTINGS_FILE, to_yaml(sections))
     stop = _Stop()
     with stop.listening(), _Logs(out, learner.step, run.tensorboard) as logs:
-        _Training(out, run, learner, dataset, make_env, reporter, logs, stop).go(progress)
+        again = again or f"vgf-fast train --out {out} --resume"
+        _Training(out, run, learner, dataset, evaluation, reporter, logs, stop, again).go(progress)
 
 
 class _Logs:
@@ -252,10 +260,11 @@ class _Training:
     run: RunConfig
     learner: Learner
     dataset: Dataset
-    make_env: Callable[[], Any] | None
+    evaluation: Evaluation
     reporter: Reporter
     logs: _Logs
     stop: _Stop
+    again: str
     rate: float = 0.0  # updates a second
     spoke: float = -math.inf  # when the last line was written
 
@@ -289,7 +298,7 @@ class _Training:
         self._save()
 
     def _evaluation_due(self) -> bool:
-        if self.make_env is None or not self.run.eval_interval:
+        if self.evaluation.make_env is None or not self.run.eval_interval:
             return False
         return self.learner.step % self.run.eval_interval == 0 or self.learner.step == self.run.steps
 
@@ -316,20 +325,22 @@ class _Training:
             )
 
     def _evaluate(self) -> None:
-        assert self.make_env is not None
+        make_env, score = self.evaluation
+        assert make_env is not None
         run, step = self.run, self.learner.step
         self.reporter.line(f"update {step:,}: evaluating {run.eval_episodes} episodes for each number of flow steps")
         try:
             with self.stop.raising():
                 results = evaluate(
                     self.learner.policy,
-                    self.make_env,
+                    make_env,
                     episodes=run.eval_episodes,
                     flow_steps=run.eval_flow_steps,
                     seed=self.learner.config.seed,
                     num_envs=run.eval_num_envs,
                     behavior_cloning=run.eval_behavior_cloning,
                     workers=run.eval_workers,
+                    score=score,
                     # The bar of the training is on the screen.
                     progress=False,
                 )
@@ -346,7 +357,7 @@ class _Training:
         self._save()
         raise InterruptedRunError(
             f"{self.stop.requested or 'interrupted'}: saved after {self.learner.step:,} of {self.run.steps:,} updates; "
-            f"go on with: vgf-fast train --out {self.out} --resume"
+            f"go on with: {self.again}"
         )
 
     def _save(self) -> None:

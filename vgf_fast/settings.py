@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from vgf_fast.config import TrainConfig, TransportBudget, VGFConfig, check_known_keys
+from vgf_fast.config import Precision, TrainConfig, TransportBudget, VGFConfig, check_known_keys
 from vgf_fast.functional import Backend
 from vgf_fast.presets import SECTIONS, merged, preset
 from vgf_fast.simulators import Workers
@@ -20,8 +20,10 @@ Sections = dict[str, dict[str, Any]]
 class RunConfig:
     """What a run learns from, for how long, and how often it logs, evaluates and saves. Intervals are in updates."""
 
-    task: str = ""  # OGBench single task to learn, such as cube-single-play-singletask-v0
-    dataset_dir: str | None = None  # folder of the task's two files; default: OGBench's own, with download
+    task: str = ""  # cube-single-play-singletask-v0, d4rl/hopper-medium-v2, minari/..., or a file of transitions
+    dataset_dir: str | None = None  # folder of the task's files; default: where its library looks, with download
+    env: str | None = None  # Gymnasium environment to evaluate in, instead of the task's own; a file has none
+    data_precision: Precision = "float32"  # of the transitions in memory; bfloat16 takes half of it
     steps: int = 1_000_000  # updates in all, those before a resumption included
     log_interval: int = 1_000  # updates between rows of train.csv
     eval_interval: int = 100_000  # updates between evaluations; there is one at the end too; 0: none at all
@@ -45,7 +47,11 @@ class RunConfig:
         for name, kind in (("eval_behavior_cloning", bool), ("tensorboard", bool), ("task", str)):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"run.{name} is {getattr(self, name)!r}, expected a {kind.__name__}")
-        for name, choices in (("eval_workers", get_args(Workers)), ("backend", get_args(Backend))):
+        for name, choices in (
+            ("eval_workers", get_args(Workers)),
+            ("backend", get_args(Backend)),
+            ("data_precision", get_args(Precision)),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"run.{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
         steps = self.eval_flow_steps

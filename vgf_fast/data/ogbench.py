@@ -141,13 +141,9 @@ def make_env(task: str) -> Any:
         return ogbench.make_env_and_datasets(_parse(task).name, env_only=True)
 
 
-def summary(dataset: Dataset, task: str) -> str:
-    """Lines to print: counts, returns and successes of `dataset`. Warns if no trajectory solves `task`."""
+def counts(dataset: Dataset, task: str) -> str:
+    """Lines to print: sizes, counts, returns and rewards of ``dataset``."""
     statistics = dataset.statistics()
-    if statistics.success_fraction == 0:
-        warnings.warn(
-            f"no trajectory in the data of {task} reaches its goal: success cannot be learned from it", stacklevel=2
-        )
     return "\n".join(
         (
             f"{task}: observations {dataset.observation_dim}, actions {dataset.action_dim}",
@@ -155,9 +151,19 @@ def summary(dataset: Dataset, task: str) -> str:
             f"  return {statistics.return_mean:.1f} ± {statistics.return_std:.1f} "
             f"(from {statistics.return_min:.1f} to {statistics.return_max:.1f})",
             f"  reward from {statistics.reward_min:g} to {statistics.reward_max:g}",
-            f"  the goal is reached in {100 * statistics.success_fraction:.1f} % of the trajectories",
         )
     )
+
+
+def summary(dataset: Dataset, task: str) -> str:
+    """Lines to print: ``counts``, and successes. Warns if no trajectory solves `task`."""
+    statistics = dataset.statistics()
+    if statistics.success_fraction == 0:
+        warnings.warn(
+            f"no trajectory in the data of {task} reaches its goal: success cannot be learned from it", stacklevel=2
+        )
+    share = f"  the goal is reached in {100 * statistics.success_fraction:.1f} % of the trajectories"
+    return f"{counts(dataset, task)}\n{share}"
 
 
 def _import_ogbench() -> Any:

@@ -1,0 +1,197 @@
+"""Minari data sets with continuous actions: episodes to transitions, and the environment they are evaluated in."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from vgf_fast.data.dataset import Dataset
+
+
+class MinariData(NamedTuple):
+    """A data set.
+
+    Attributes:
+        train: the transitions, actions rescaled to [-1, 1].
+        name: the data set's identifier.
+        make_env: makes the environment it recovers, with flat observations and actions in [-1, 1]; None without one.
+        score: (low, high), the returns that are normalised to 0 and 100; None where it has no reference scores.
+    """
+
+    train: Dataset
+    name: str
+    make_env: Callable[[], Any] | None
+    score: tuple[float, float] | None
+
+
+def load(
+    dataset: Any,
+    dataset_dir: str | os.PathLike[str] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> MinariData:
+    """Load a data set's transitions.
+
+    A termination stops the bootstrapping (mask 0); a truncation only ends the trajectory, its last transition has mask
+    1. Observations that are dicts, such as those with a goal, are flattened in the order of their space, as
+    ``gymnasium.wrappers.FlattenObservation`` does. Actions are rescaled from the bounds of their space to [-1, 1].
+
+    Args:
+        dataset: identifier such as "mujoco/hopper/medium-v0", or a ``minari.MinariDataset``.
+        dataset_dir: folder of data sets; nothing is downloaded then. None: Minari's own (MINARI_DATASETS_PATH), into
+            which a missing data set is downloaded.
+        device, dtype: of the transitions; the default device is the CPU.
+
+    Raises:
+        ValueError: spaces that are not supported (discrete actions, images, integers, unbounded actions), or an episode
+            with NaN, actions outside their bounds or a wrong number of observations: the message names the episode.
+        FileNotFoundError: no such data set in ``dataset_dir``. ConnectionError: the download failed.
+        ImportError: Minari is not installed.
+    """
+    found = _open(dataset, dataset_dir)
+    name = found.spec.dataset_id
+    low, high = _action_bounds(name, found.action_space)
+    _check_observations(name, found.observation_space)
+    parts: dict[str, list[np.ndarray]] = {
+        field: [] for field in ("observations", "actions", "next_observations", "rewards", "masks", "terminals")
+    }
+    for episode in found.iterate_episodes():
+        where = f"{name}, episode {episode.id}"
+        rewards = np.asarray(episode.rewards, np.float64)
+        steps = len(rewards)
+        observations = _flat(found.observation_space, episode.observations)
+        actions = np.asarray(episode.actions, np.float64).reshape(steps, -1)
+        if len(observations) != steps + 1 or len(actions) != steps:
+            raise ValueError(
+                f"{where}: {steps} rewards, {len(actions)} actions and {len(observations)} observations, expected one "
+                "observation more than rewards and actions"
+            )
+        if steps == 0:
+            continue
+        scaled = 2.0 * (actions - low) / (high - low) - 1.0
+        for field, array in (("observations", observations), ("actions", actions), ("rewards", rewards)):
+            if not np.isfinite(array).all():
+                row = int(np.argwhere(~np.isfinite(array))[0][0])
+                raise ValueError(f"{where}: {field} has NaN or infinity in step {row}, expected finite numbers")
+        outside = (np.abs(scaled) > 1.0 + 1e-5).any(axis=1)
+        if outside.any():
+            row = int(outside.argmax())
+            raise ValueError(
+                f"{where}: the action in step {row} is {actions[row].tolist()}, expected within {found.action_space}"
+            )
+        ends = np.zeros(steps, bool)
+        ends[-1] = True
+        parts["observations"].append(observations[:-1])
+        parts["next_observations"].append(observations[1:])
+        parts["actions"].append(scaled)
+        parts["rewards"].append(rewards)
+        parts["masks"].append(1.0 - np.asarray(episode.terminations, np.float64))
+        parts["terminals"].append(ends)
+    if not parts["rewards"]:
+        raise ValueError(f"{name} holds no transitions: {found.total_episodes} episodes, expected one with a step")
+    arrays: dict[str, Any] = {field: np.concatenate(arrays) for field, arrays in parts.items()}
+    try:
+        train = Dataset.from_arrays(**arrays, device=device, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return MinariData(train, name, _make_env(found), _score(found))
+
+
+def evaluation(
+    dataset: Any, dataset_dir: str | os.PathLike[str] | None = None
+) -> tuple[Callable[[], Any] | None, tuple[float, float] | None]:
+    """``make_env`` and ``score`` of a data set; arguments and errors as ``load``'s."""
+    found = _open(dataset, dataset_dir)
+    return _make_env(found), _score(found)
+
+
+def _open(dataset: Any, dataset_dir: str | os.PathLike[str] | None) -> Any:
+    try:
+        import minari
+    except ImportError as error:
+        raise ImportError(f"Minari cannot be imported ({error}): pip install 'vgf_fast[envs]'") from error
+    if isinstance(dataset, minari.MinariDataset):
+        return dataset
+    if dataset_dir is not None:
+        path = Path(dataset_dir).expanduser() / str(dataset) / "data"
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path} does not exist: expected the Minari data set {dataset!r} there")
+        try:
+            return minari.MinariDataset(path)
+        except (OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is damaged, or no Minari data set ({error})") from error
+    try:
+        return minari.load_dataset(str(dataset), download=True)
+    except Exception as error:
+        # What its hosts raise depends on which of their clients is installed.
+        raise ConnectionError(
+            f"the Minari data set {dataset!r} is not here, and its download failed: {type(error).__name__}: {error}; "
+            "get it elsewhere, and pass the folder of data sets as dataset_dir"
+        ) from error
+
+
+def _action_bounds(name: str, space: Any) -> tuple[np.ndarray, np.ndarray]:
+    if not hasattr(space, "high") or len(space.shape) != 1 or space.dtype.kind != "f":
+        raise ValueError(
+            f"{name} has the action space {space}: not supported, because the policy's actions are vectors of real "
+            "numbers, expected a Box of them"
+        )
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    if not np.isfinite(low).all() or not np.isfinite(high).all() or (high <= low).any():
+        raise ValueError(f"{name} has the action space {space}, expected finite bounds, which actions are rescaled by")
+    return low, high
+
+
+def _check_observations(name: str, space: Any) -> None:
+    spaces = getattr(space, "spaces", None)
+    if spaces is not None:
+        for one in spaces.values() if hasattr(spaces, "values") else spaces:
+            _check_observations(name, one)
+    elif not hasattr(space, "high") or space.dtype.kind != "f":
+        raise ValueError(
+            f"{name} has the observation space {space}: pixel and integer observations are not supported, because the "
+            "networks take vectors of real numbers"
+        )
+
+
+def _flat(space: Any, observations: Any) -> np.ndarray:
+    """Observations of an episode, [T + 1, O], float64."""
+    spaces = getattr(space, "spaces", None)
+    if spaces is None:
+        array = np.asarray(observations, np.float64)
+        return array.reshape(len(array), -1)
+    keys = spaces.keys() if hasattr(spaces, "keys") else range(len(spaces))
+    return np.concatenate([_flat(spaces[key], observations[key]) for key in keys], axis=1)
+
+
+def _make_env(found: Any) -> Callable[[], Any] | None:
+    if found.env_spec is None:
+        return None
+
+    def make() -> Any:
+        import gymnasium
+
+        with warnings.catch_warnings():
+            # That there is a newer version than the data's, and what Minari was installed with.
+            warnings.simplefilter("ignore")
+            environment = found.recover_environment(eval_env=True)
+        if isinstance(environment.observation_space, (gymnasium.spaces.Dict, gymnasium.spaces.Tuple)):
+            environment = gymnasium.wrappers.FlattenObservation(environment)
+        space = environment.action_space
+        if (space.low != -1.0).any() or (space.high != 1.0).any():
+            environment = gymnasium.wrappers.RescaleAction(environment, np.float32(-1.0), np.float32(1.0))
+        return environment
+
+    return make
+
+
+def _score(found: Any) -> tuple[float, float] | None:
+    low, high = (found.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
+    return None if low is None or high is None else (float(low), float(high))

@@ -1,0 +1,113 @@
+"""What a run can learn from, by name: OGBench, D4RL and Minari tasks, and files of your own."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vgf_fast.data import d4rl, files, minari, ogbench
+from vgf_fast.data.dataset import Dataset
+from vgf_fast.evaluation import Score
+
+D4RL, MINARI = "d4rl/", "minari/"
+
+
+class Evaluation(NamedTuple):
+    """Where a policy is evaluated.
+
+    Attributes:
+        make_env: makes one environment, or None of a task that has none here.
+        score: how returns are normalised, or None.
+    """
+
+    make_env: Callable[[], Any] | None
+    score: Score | None
+
+
+class Task(NamedTuple):
+    """A task's transitions and how its policy is evaluated.
+
+    Attributes:
+        name: as it was asked for.
+        train: the transitions.
+        evaluation: where a policy is evaluated.
+        summary: lines to print.
+        reward_scale, reward_shift: the rewards of ``train`` are reward_scale * reward + reward_shift.
+    """
+
+    name: str
+    train: Dataset
+    evaluation: Evaluation
+    summary: str
+    reward_scale: float = 1.0
+    reward_shift: float = 0.0
+
+
+def load(
+    name: str,
+    dataset_dir: str | os.PathLike[str] | None = None,
+    *,
+    env: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Task:
+    """Load a task's transitions.
+
+    Args:
+        name: an OGBench single task such as "cube-single-play-singletask-v0"; "d4rl/" and a D4RL task, such as
+            "d4rl/hopper-medium-v2"; "minari/" and a Minari data set, such as "minari/mujoco/hopper/medium-v0"; or the
+            path of a file of transitions (.npz, .hdf5, .h5, .parquet).
+        dataset_dir: folder of the task's files, or a file; default is where the task's own library looks.
+        env: Gymnasium environment to evaluate in, instead of the task's own; a file has none of its own.
+        device, dtype: of the transitions; the default device is the CPU.
+
+    Raises ``ValueError`` for an unknown name, and what the loaders raise.
+    """
+    evaluation = environment(name, dataset_dir, env=env)
+    if name.startswith(D4RL):
+        data = d4rl.load(name.removeprefix(D4RL), dataset_dir, device=device, dtype=dtype)
+        summary = ogbench.counts(data.train, name)
+        if (data.reward_scale, data.reward_shift) != (1.0, 0.0):
+            summary += f"\n  rewards are the file's times {data.reward_scale:.6g} plus {data.reward_shift:g}"
+        return Task(name, data.train, evaluation, summary, data.reward_scale, data.reward_shift)
+    if name.startswith(MINARI):
+        train = minari.load(name.removeprefix(MINARI), dataset_dir, device=device, dtype=dtype).train
+        return Task(name, train, evaluation, ogbench.counts(train, name))
+    if is_file(name):
+        train = files.load(name, device=device, dtype=dtype, cache_dir=dataset_dir)
+        return Task(name, train, evaluation, ogbench.counts(train, name))
+    train = ogbench.load(name, dataset_dir, device=device, dtype=dtype).train
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        summary = ogbench.summary(train, name)
+    return Task(name, train, evaluation, "\n".join([summary, *(f"warning: {one.message}" for one in caught)]))
+
+
+def environment(name: str, dataset_dir: str | os.PathLike[str] | None = None, *, env: str | None = None) -> Evaluation:
+    """Where a task's policy is evaluated; arguments and errors as ``load``'s."""
+    if env is not None:
+        import gymnasium
+
+        try:
+            gymnasium.spec(env)
+        except gymnasium.error.Error as error:
+            raise ValueError(f"env is {env}: {error}") from error
+        return Evaluation(lambda: gymnasium.make(env), None)
+    if name.startswith(D4RL):
+        task = name.removeprefix(D4RL)
+        return Evaluation(d4rl.environment(task), d4rl.REFERENCE_RETURNS[d4rl.family(task)])
+    if name.startswith(MINARI):
+        return Evaluation(*minari.evaluation(name.removeprefix(MINARI), dataset_dir))
+    if is_file(name):
+        return Evaluation(None, None)
+    return Evaluation(lambda: ogbench.make_env(name), None)
+
+
+def is_file(name: str) -> bool:
+    """Whether a task's name is the path of a file of transitions."""
+    return Path(name).suffix in files.SUFFIXES
