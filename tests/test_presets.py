@@ -90,7 +90,7 @@ def test_every_family_is_used_and_every_field_known():
     tables = json.loads(files("vgf_fast").joinpath("presets.json").read_text())
     blocks = {**tables["families"], **tables["presets"]}
     assert {block["inherits"] for block in blocks.values() if "inherits" in block} == set(tables["families"])
-    known = {"inherits", "policy", "train", "run", "ours"}
+    known = {"inherits", "policy", "train", "run", "ours", "tasks", "paper"}
     assert all(set(block) <= known for block in blocks.values())
 
 
@@ -108,3 +108,47 @@ def test_the_file_is_read_when_asked_for():
     assert fresh._tables.cache_info().misses == 0
     assert fresh.presets["demo/reacher"] == presets["demo/reacher"]
     assert fresh._tables.cache_info().misses == 1
+
+
+def test_every_task_of_an_environment_is_a_preset():
+    for stem in ("puzzle-3x3-play", "antmaze-giant-navigate", "scene-play"):
+        base = preset(f"ogbench/{stem}")
+        for number in range(1, 6):
+            one = preset(f"ogbench/{stem}/task{number}")
+            assert one.run == {**base.run, "task": f"{stem}-singletask-task{number}-v0"}
+            assert (one.policy, one.train, one.ours) == (base.policy, base.train, base.ours)
+    assert "ogbench/puzzle-3x3-play/task6" not in presets
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("ogbench/")])
+def test_tasks_are_ogbenchs(name):
+    pytest.importorskip("ogbench")
+    from vgf_fast.data import ogbench
+
+    ogbench._import_ogbench()
+    assert ogbench._parse(preset(name).run["task"]).name == preset(name).run["task"]
+
+
+def test_tasks_are_d4rls():
+    from vgf_fast.data import d4rl
+
+    names = [name for name in NAMES if name.startswith("d4rl/")]
+    assert len(names) == 18
+    for name in names:
+        assert preset(name).run["task"] == name
+        assert d4rl.family(name.removeprefix("d4rl/")) in d4rl.REFERENCE_RETURNS
+
+
+def test_the_command_lists_them(capsys):
+    pytest.importorskip("tyro")
+    from vgf_fast import cli
+
+    assert cli.main(["presets"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in NAMES)
+    assert "97.9 (60.6 / 66.3)" in listed
+    assert cli.main(["presets", "--name", "ogbench/cube-double-play/task3"]) == 0
+    shown = json.loads(capsys.readouterr().out)["ogbench/cube-double-play/task3"]
+    assert shown["run"]["task"] == "cube-double-play-singletask-task3-v0"
+    assert "policy.train_budget.step_size" in shown["ours"]
+    assert cli.main(["presets", "--name", "cube"]) == 1

@@ -298,6 +298,7 @@ class TestCompare:
         found = [
             dataclasses.replace(record, p50=record.p50 * factors.get(record.method.replace("-", "_"), 1.0))
             for record in records.read(self.COMMITTED)
+            if record.p50 is not None
         ]
         records.append(path, found)
         return str(path)

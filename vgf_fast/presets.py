@@ -3,7 +3,8 @@
 They are data, in ``presets.json``: a preset inherits from a family and changes fields. What is not listed under "ours"
 is the public release's, from its scripts; where these give a range (step size, temperature), one value was chosen and
 listed. A section or budget named there ("policy") stands for all its fields. Sizes are the environments'. The bandwidth
-gradient is off in all of them, as in the paper and unlike the release.
+gradient is off in all of them, as in the paper and unlike the release. "tasks" is the number of an environment's tasks:
+"ogbench/cube-double-play/task3" is the preset with that task instead of the environment's default.
 """
 
 from __future__ import annotations
@@ -30,6 +31,16 @@ class UnknownPresetError(ValueError, KeyError):
 
 
 @dataclasses.dataclass(frozen=True)
+class PaperScore:
+    """Scores of the paper's tables: normalised return (D4RL), success in percent (OGBench)."""
+
+    vgf: float
+    fql: float
+    iql: float
+    about: str = ""  # what they are of, where it is not this task alone
+
+
+@dataclasses.dataclass(frozen=True)
 class Preset:
     """The fields a preset sets, section by section; what it leaves out keeps its default."""
 
@@ -38,11 +49,19 @@ class Preset:
     train: dict[str, Any]  # fields of TrainConfig
     run: dict[str, Any]  # fields of run.RunConfig: task, steps, intervals
     ours: frozenset[str]  # dotted names of fields that are our choice, such as "policy.train_budget.step_size"
+    paper: PaperScore | None = None  # where the paper's tables have it
 
 
 @functools.cache
 def _tables() -> dict[str, dict[str, Any]]:
-    return json.loads(files("vgf_fast").joinpath("presets.json").read_text(encoding="utf-8"))
+    tables = json.loads(files("vgf_fast").joinpath("presets.json").read_text(encoding="utf-8"))
+    every: dict[str, Any] = {}
+    for name, block in tables["presets"].items():
+        every[name] = block
+        for number in range(1, block.get("tasks", 0) + 1):
+            task = block["run"]["task"].replace("-singletask-", f"-singletask-task{number}-")
+            every[f"{name}/task{number}"] = merged(block, {"run": {"task": task}})
+    return {**tables, "presets": every}
 
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +102,8 @@ def preset(name: str) -> Preset:
         ours -= set(dotted(change))
         ours |= {field for field in dotted(values) if any(f"{field}.".startswith(f"{one}.") for one in listed)}
     policy, train, run = (values.get(section, {}) for section in SECTIONS)
-    return Preset(name, policy, train, run, frozenset(ours))
+    paper = lineage[-1].get("paper")
+    return Preset(name, policy, train, run, frozenset(ours), None if paper is None else PaperScore(**paper))
 
 
 class _Presets(Mapping[str, Value], Generic[Value]):
