@@ -133,8 +133,9 @@ def test_tasks_are_d4rls():
     from vgf_fast.data import d4rl
 
     names = [name for name in NAMES if name.startswith("d4rl/")]
-    assert len(names) == 18
+    assert len(names) == 2 * 18
     for name in names:
+        name = name.removesuffix("-avgf")
         assert preset(name).run["task"] == name
         assert d4rl.family(name.removeprefix("d4rl/")) in d4rl.REFERENCE_RETURNS
 
@@ -145,10 +146,19 @@ def test_the_command_lists_them(capsys):
 
     assert cli.main(["presets"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in NAMES)
+    assert all(name in listed for name in NAMES if "-avgf" not in name)
+    assert "d4rl/hopper-medium-v2-avgf" in listed
     assert "97.9 (60.6 / 66.3)" in listed
     assert cli.main(["presets", "--name", "ogbench/cube-double-play/task3"]) == 0
     shown = json.loads(capsys.readouterr().out)["ogbench/cube-double-play/task3"]
     assert shown["run"]["task"] == "cube-double-play-singletask-task3-v0"
     assert "policy.train_budget.step_size" in shown["ours"]
     assert cli.main(["presets", "--name", "cube"]) == 1
+
+
+def test_amortised_variants():
+    plain, amortized = preset("ogbench/scene-play/task2"), preset("ogbench/scene-play-avgf/task2")
+    assert amortized.policy == {**plain.policy, "amortized": True}
+    assert amortized.train == {**plain.train, "max_gradient_norm": 1.0}
+    assert (amortized.run, amortized.ours, amortized.paper) == (plain.run, plain.ours, None)
+    assert "demo/reacher-avgf" not in presets

@@ -278,7 +278,7 @@ def _reproduce(options: Reproduce, console: Console) -> None:
 
 
 def _presets(options: Presets, console: Console) -> None:
-    from vgf_fast.presets import preset, presets, train_presets
+    from vgf_fast.presets import AMORTIZED, preset, presets, train_presets
 
     names = list(presets) if options.name is None else [options.name]
     if options.json or options.name is not None:
@@ -286,7 +286,7 @@ def _presets(options: Presets, console: Console) -> None:
         console.line(json.dumps(found, indent=2))
         return
     rows = []
-    for name in names:
+    for name in (name for name in names if AMORTIZED not in name):
         policy, train, one = presets[name], train_presets[name], preset(name)
         budget, paper = policy.train_budget, one.paper
         score = "" if paper is None else f"{paper.vgf:g} ({paper.fql:g} / {paper.iql:g})"

@@ -101,6 +101,7 @@ class VGFConfig:
     test_budget: TransportBudget = TransportBudget()  # how far they move when acting
     particle_optimizer: ParticleOptimizer = "adam"  # "ascent" is the paper's equation, "adam" its experiments
     repulsion: bool = True  # False: the paper's simplified direction, alpha -> 0 and no repulsion
+    amortized: bool = False  # AVGF: a network of the critic's widths, trained on its scores, moves the particles
     bandwidth_gradient: bool = False  # True: differentiate the median bandwidth too, as the public release does
     selection: Selection = "max"  # how the acting particle is chosen
     selection_temperature: float = 1.0  # of the softmax over Q when selection is "softmax"
@@ -112,7 +113,14 @@ class VGFConfig:
             _check_widths("VGFConfig", field, getattr(self, field))
         for field in ("observation_dim", "action_dim", "members", "behavior_steps", "particles"):
             _check_integer("VGFConfig", field, getattr(self, field), 1)
-        for field in ("layer_norm", "behavior_layer_norm", "gaussian_tanh", "repulsion", "bandwidth_gradient"):
+        for field in (
+            "layer_norm",
+            "behavior_layer_norm",
+            "gaussian_tanh",
+            "repulsion",
+            "bandwidth_gradient",
+            "amortized",
+        ):
             _check_boolean("VGFConfig", field, getattr(self, field))
         _check_choice("VGFConfig", "activation", self.activation, ("relu", "gelu", "swish"))
         _check_choice("VGFConfig", "behavior", self.behavior, ("flow", "gaussian"))
@@ -121,6 +129,10 @@ class VGFConfig:
         _check_choice("VGFConfig", "particle_optimizer", self.particle_optimizer, ("adam", "ascent"))
         _check_choice("VGFConfig", "selection", self.selection, ("max", "softmax", "random"))
         _check_real("VGFConfig", "selection_temperature", self.selection_temperature, 0.0, low_open=True)
+        if self.amortized and self.particle_optimizer != "adam":
+            raise ValueError(
+                f"VGFConfig.particle_optimizer is {self.particle_optimizer!r}, expected 'adam': amortized is True"
+            )
         for field in ("train_budget", "test_budget"):
             if not isinstance(getattr(self, field), TransportBudget):
                 raise ValueError(f"VGFConfig.{field} is {getattr(self, field)!r}, expected a TransportBudget")
@@ -157,6 +169,8 @@ class TrainConfig:
     critic_loss: CriticLoss = "td"  # "expectile" and "sql" are the release's "iql-q" and "sql-q"
     expectile: float = 0.9  # expectile of the "expectile" loss; SQL's alpha in the "sql" loss
     target_reduce: TargetReduce = "mean"  # over particles, in the TD target
+    normalize_score: bool = False  # AVGF: the score field learns the critic's scores at length one
+    max_gradient_norm: float | None = None  # of each network's gradient; None: as they are
     precision: Precision = "float32"  # of the matrix products; weights, optimiser and particles stay float32
     seed: int = 0  # of every random number of training
 
@@ -168,6 +182,9 @@ class TrainConfig:
         _check_real("TrainConfig", "discount", self.discount, 0.0, 1.0)
         _check_real("TrainConfig", "tau", self.tau, 0.0, 1.0)
         _check_real("TrainConfig", "expectile", self.expectile, 0.0, low_open=True)
+        _check_boolean("TrainConfig", "normalize_score", self.normalize_score)
+        if self.max_gradient_norm is not None:
+            _check_real("TrainConfig", "max_gradient_norm", self.max_gradient_norm, 0.0, low_open=True)
         if self.critic_loss == "expectile":
             _check_real("TrainConfig", "expectile", self.expectile, 0.0, 1.0, low_open=True)
         _check_choice("TrainConfig", "critic_loss", self.critic_loss, ("td", "expectile", "sql"))
@@ -212,6 +229,7 @@ _REFERENCE_DEFAULTS: dict[str, Any] = {
     "vgf_lr": 0.1,
     "vgf_alpha": 1.0,
     "softmax_temp": 1.0,
+    "q_grad_norm": False,
     "encoder": None,
 }
 _REFERENCE_CRITIC_LOSS: dict[str, CriticLoss] = {"td": "td", "iql-q": "expectile", "sql-q": "sql"}
@@ -235,8 +253,8 @@ def config_from_reference(config: Mapping[str, Any]) -> tuple[VGFConfig, TrainCo
                 f"the release's configuration has no {key!r}; add it, e.g. {key}={[29] if key == 'ob_dims' else 8}"
             )
     ref = {**_REFERENCE_DEFAULTS, **config}
-    if ref["agent_name"] != "vgf":
-        raise ValueError(f"the release's configuration has agent_name={ref['agent_name']!r}, expected 'vgf'")
+    _check_choice("the release's configuration", "agent_name", ref["agent_name"], ("vgf", "avgf"))
+    amortized = ref["agent_name"] == "avgf"
     if ref["encoder"] is not None:
         raise ValueError(
             f"the release's configuration has encoder={ref['encoder']!r}: pixel encoders are not supported"
@@ -272,6 +290,7 @@ def config_from_reference(config: Mapping[str, Any]) -> tuple[VGFConfig, TrainCo
         target_q_aggregation="min" if ref["train_q_agg"] == "min" else "mean",
         train_budget=budget,
         test_budget=budget,
+        amortized=amortized,
         bandwidth_gradient=True,
         selection=selection,
         selection_temperature=float(ref["softmax_temp"]),
@@ -285,5 +304,8 @@ def config_from_reference(config: Mapping[str, Any]) -> tuple[VGFConfig, TrainCo
         critic_loss=_REFERENCE_CRITIC_LOSS[ref["critic_loss"]],
         expectile=float(ref["expectile"]),
         target_reduce="max" if ref["train_particle_select"] == "max" else "mean",
+        normalize_score=bool(ref["q_grad_norm"]),
+        # The release clips the gradients of its amortised agent, and of no other.
+        max_gradient_norm=1.0 if amortized else None,
     )
     return policy, train

@@ -6,6 +6,7 @@ Weights are packed afresh at the start: no stale copy of them can ever be used.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from vgf_fast import functional, reference
 from vgf_fast.config import TransportBudget
 from vgf_fast.kernels import ranges
-from vgf_fast.networks import EnsembleMLP, GaussianBehavior, VelocityField
+from vgf_fast.networks import EnsembleMLP, GaussianBehavior, ScoreField, VelocityField
 
 if TYPE_CHECKING:
     from vgf_fast.kernels.flow_step import FlowOutput, Select, TDTarget
@@ -36,7 +37,7 @@ def runs(policy: VGFPolicy, dtype: torch.dtype) -> bool:
     return backend == "triton" and (policy.device.type == "cuda" or dtype == torch.float32)
 
 
-def stack(module: EnsembleMLP | VelocityField) -> Stack:
+def stack(module: EnsembleMLP | VelocityField | ScoreField) -> Stack:
     """A network's parameters as the kernels take them."""
     from vgf_fast.kernels.packing import Stack
 
@@ -90,15 +91,24 @@ def flow(
     budget: TransportBudget,
     epilogue: Select | TDTarget,
 ) -> FlowOutput:
-    """Move particles by the critic, and end in a choice by it, or in the target by the target critic."""
-    from vgf_fast.kernels.flow_step import value_gradient_flow
+    """Move particles by the critic, and end in a choice by it, or in the target by the target critic.
+
+    An amortised policy's are moved by the score field: two launches a step for the field, and PyTorch's for the rest.
+    """
+    from vgf_fast.kernels.flow_step import TDTarget, value_gradient_flow
 
     config = policy.config
+    steps = budget.steps
+    if policy.score_field is not None:
+        field = functools.partial(_field, policy.score_field, observations, packed.critic.dtype)
+        per_state = not isinstance(epilogue, TDTarget)
+        particles = reference.amortized_flow(field, particles, steps, budget.step_size, per_state).particles
+        steps = 0
     return value_gradient_flow(
         packed.critic,
         observations,
         particles,
-        budget.steps,
+        steps,
         budget.step_size,
         budget.temperature,
         config.flow_q_aggregation,
@@ -108,6 +118,15 @@ def flow(
         evaluator=packed.target_critic,
         epilogue=epilogue,
     )
+
+
+def _field(field: ScoreField, observations: Tensor, dtype: torch.dtype, particles: Tensor) -> Tensor:
+    """The score field at observations [B, O] and particles [B, N, A] -> [B, N, A]."""
+    from vgf_fast.kernels import mlp_training
+
+    batch, count, width = particles.shape
+    states = observations.unsqueeze(1).expand(-1, count, -1).reshape(batch * count, -1)
+    return mlp_training.mlp(stack(field), states, particles.reshape(-1, width), dtype=dtype)[0].view_as(particles)
 
 
 @torch.no_grad()
@@ -131,7 +150,7 @@ def act(
     config = policy.config
     packed = pack(policy, policy.dtype)
     critic = packed.critic
-    few = packed.behavior if len(observations) <= launch.MAX_ACTING_STATES else None
+    few = packed.behavior if len(observations) <= launch.MAX_ACTING_STATES and not config.amortized else None
     if few is not None and one_launch is None:
         one_launch = launch.acts_in_one_launch(
             len(observations),

@@ -65,10 +65,15 @@ class Learner:
         self._graphs = GraphCache("training")
         self.step = 0
         self.generator = torch.Generator(policy.device).manual_seed(config.seed)
-        rates = (config.critic_learning_rate, config.behavior_learning_rate)
+        networks: dict[str, tuple[torch.nn.Module, float]] = {
+            "critic": (policy.critic, config.critic_learning_rate),
+            "behavior": (policy.behavior, config.behavior_learning_rate),
+        }
+        if policy.score_field is not None:
+            networks["score"] = (policy.score_field, config.critic_learning_rate)
         self._optimizers = {
             name: torch.optim.Adam(module.parameters(), lr=rate, eps=1e-8, fused=True)
-            for name, module, rate in zip(("critic", "behavior"), (policy.critic, policy.behavior), rates, strict=True)
+            for name, (module, rate) in networks.items()
         }
 
     # --- one update -------------------------------------------------------------------------------------------------
@@ -112,7 +117,10 @@ class Learner:
         )
         states = data["next_observations"]
         drawn = policy.draw_particles(states, draws["particles"], behavior.detach())
-        moved = policy.flow_particles(states, drawn, policy.config.train_budget, critic.detach(), evaluate=False)
+        field = None if policy.score_field is None else self._compute_weights(policy.score_field.stacked())
+        moved = policy.flow_particles(
+            *(states, drawn, policy.config.train_budget, critic.detach()), evaluate=False, field=field, per_state=False
+        )
         rows = drawn.shape[0] * drawn.shape[1]
         with ranges.span("vgf/values"):
             next_q = reference.critic_at_states(target_critic, states, rows, backward=False).values(moved.particles)
@@ -130,27 +138,45 @@ class Learner:
             q = reference.member_values(critic, data["observations"], data["actions"])
             critic_loss = self._critic_loss(q, target)
         with ranges.span("vgf/behavior_loss"):
-            behavior_loss = self._behavior_loss(behavior, data, draws)
-        losses = self._plain_step(critic_loss, q, behavior_loss, target)
-        return losses | _particle_metrics(drawn, moved.particles)
+            losses = {"critic": critic_loss, "behavior": self._behavior_loss(behavior, data, draws)}
+        if field is not None:
+            with ranges.span("vgf/score_loss"):
+                inputs = torch.cat([data["observations"], data["actions"]], dim=-1)
+                prediction = reference.mlp_forward(field, inputs).squeeze(0).to(inputs.dtype)
+                losses["score"] = reference.score_field_loss(prediction, self._scores(critic, data))
+        return self._plain_step(losses, q, target) | _particle_metrics(drawn, moved.particles)
+
+    def _scores(self, critic: MLPWeights, data: dict[str, Tensor]) -> Tensor:
+        """What the score field learns [B, A]: the critic's scores at the data's actions, as it was before its step."""
+        actions = data["actions"].unsqueeze(1)
+        _, score = functional.critic_value_and_score(
+            critic, data["observations"], actions, "mean", backend=self.policy.backend
+        )
+        return reference.score_target(score.squeeze(1), self.config.normalize_score)
 
     def _kernel_update(self, data: dict[str, Tensor], draws: dict[str, Tensor]) -> dict[str, Tensor]:
         """The update in Triton kernels."""
         config = self.config
         packed = fused.pack(self.policy, self._compute_dtype(), target=True)
         found = fused.td_target(self.policy, packed, data, draws["particles"], config.discount, config.target_reduce)
-        if self.fused_optimizer:
+        if self._fuses_optimizer():
             losses = self._fused_step(packed, data, draws, found.target)
         else:
             losses = self._plain_step(*self._kernel_losses(data, draws, found.target), found.target)
         return losses | _particle_metrics(found.drawn, found.moved)
 
-    def _plain_step(self, critic_loss: Tensor, q: Tensor, behavior_loss: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def _fuses_optimizer(self) -> bool:
+        """Whether one launch does gradients and Adam: not if gradients are clipped between, nor with a score field."""
+        plain = self.config.max_gradient_norm is not None or self.policy.score_field is not None
+        return self.fused_optimizer and not plain
+
+    def _plain_step(self, losses: dict[str, Tensor], q: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Gradients of the losses, the target critic, then PyTorch's optimiser."""
         for optimizer in self._optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         with ranges.span("vgf/backward"):
-            (critic_loss + behavior_loss).backward()
+            torch.stack(list(losses.values())).sum().backward()
+            self._clip_gradients()
         # Before the gradient step: the release blends in the critic the gradient was taken at.
         policy, tau = self.policy, self.config.tau
         with ranges.span("vgf/target_critic"):
@@ -158,17 +184,30 @@ class Learner:
         with ranges.span("vgf/optimizer"):
             for optimizer in self._optimizers.values():
                 optimizer.step()
+        names = {"critic": "critic_loss", "behavior": "bc_loss", "score": "score_loss"}
         return {
-            "critic_loss": critic_loss.detach(),
-            "bc_loss": behavior_loss.detach(),
+            **{names[name]: loss.detach() for name, loss in losses.items()},
             "q_mean": q[0].detach().mean(),
             "target_mean": target.mean(),
         }
 
+    @torch.no_grad()
+    def _clip_gradients(self) -> None:
+        """Shorten each network's gradient to the norm allowed."""
+        limit = self.config.max_gradient_norm
+        if limit is None:
+            return
+        for optimizer in self._optimizers.values():
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(one) for one in gradients]))
+            factor = torch.where(norm < limit, torch.ones_like(norm), limit / norm)
+            for one in gradients:
+                one.mul_(factor)
+
     def _kernel_losses(
         self, data: dict[str, Tensor], draws: dict[str, Tensor], target: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The critic's loss and values [E, B], and the behaviour model's loss; differentiable."""
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses by network, differentiable, and the critic's values [E, B]."""
         from vgf_fast.kernels import mlp_training
 
         states, actions = data["observations"], data["actions"]
@@ -185,7 +224,13 @@ class Learner:
                 behavior_loss, _ = mlp_training.mlp_loss(stack, states, x, velocity, time=time, dtype=dtype)
             else:
                 behavior_loss = self._behavior_loss(self._compute_weights(self.policy.behavior.stacked()), data, draws)
-        return critic_loss, q.squeeze(2), behavior_loss
+        losses = {"critic": critic_loss, "behavior": behavior_loss}
+        if self.policy.score_field is not None:
+            scores = self._scores(self.policy.critic.stacked(), data)
+            with ranges.span("vgf/score_loss"):
+                field = fused.stack(self.policy.score_field)
+                losses["score"] = mlp_training.mlp_loss(field, states, actions, scores, dtype=dtype)[0]
+        return losses, q.squeeze(2)
 
     @torch.no_grad()
     def _fused_step(
@@ -443,7 +488,7 @@ class Learner:
         return (
             self.cuda_graph
             and self.policy.device.type == "cuda"
-            and self.fused_optimizer
+            and self._fuses_optimizer()
             and self.policy.config.behavior == "flow"
             and fused.runs(self.policy, self._compute_dtype())
         )

@@ -1,4 +1,5 @@
-"""Networks with stacked parameters [E, in, out]: critic ensemble, velocity field, Gaussian behaviour model.
+"""Networks with stacked parameters [E, in, out]: critic ensemble, velocity field, Gaussian behaviour model,
+score field.
 
 Initialisation is the public release's: variance scaling 1, fan average, uniform; biases zero.
 """
@@ -96,6 +97,29 @@ class EnsembleMLP(StackedMLP):
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:  # type: ignore[override]
         """Q of every member: observations [B, O], actions [B, A] -> [E, B]; differentiable."""
         return reference.member_values(self.stacked(), observations, actions)
+
+
+class ScoreField(StackedMLP):
+    """Amortised score f(s, a), trained on the action gradient of the critic's mean (AVGF)."""
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        hidden_dims: tuple[int, ...] = (512, 512, 512, 512),
+        layer_norm: bool = True,
+        activation: str = "relu",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(
+            observation_dim + action_dim, hidden_dims, action_dim, 1, layer_norm, activation, generator=generator
+        )
+        self.observation_dim = observation_dim
+        self.action_dim = action_dim
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:  # type: ignore[override]
+        """Score: observations [B, O], actions [B, A] -> [B, A]; differentiable."""
+        return super().forward(torch.cat([observations, actions], dim=-1)).squeeze(0)
 
 
 class VelocityField(StackedMLP):

@@ -18,7 +18,7 @@ from vgf_fast.config import TransportBudget, VGFConfig, config_from_reference
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache
 from vgf_fast.kernels import ranges
-from vgf_fast.networks import EnsembleMLP, GaussianBehavior, VelocityField
+from vgf_fast.networks import EnsembleMLP, GaussianBehavior, ScoreField, VelocityField
 from vgf_fast.reference import FlowResult, MLPWeights
 
 MODEL_FILE = "model.safetensors"
@@ -71,6 +71,11 @@ class VGFPolicy(nn.Module):
             self.behavior = VelocityField(*behavior, generator=init)
         else:
             self.behavior = GaussianBehavior(*behavior, config.gaussian_tanh, generator=init)
+        self.score_field: ScoreField | None = None
+        if config.amortized:
+            self.score_field = ScoreField(
+                *sizes, config.hidden_dims, config.layer_norm, config.activation, generator=init
+            )
         self._generator: torch.Generator | None = None
         if device is not None:
             self.to(device)
@@ -232,8 +237,26 @@ class VGFPolicy(nn.Module):
         *,
         evaluate: bool = True,
         return_trajectory: bool = False,
+        field: MLPWeights | None = None,
+        per_state: bool = True,
     ) -> FlowResult:
-        """Move particles [B, N, A] within a budget by the critic; ``weights`` replaces the critic's."""
+        """Move particles [B, N, A] within a budget by the critic; ``weights`` replaces the critic's.
+
+        Where the configuration is amortised, the score field moves them, which ``field`` replaces, and ``per_state``
+        says whether its direction is clipped state by state or over the batch; the critic only values them.
+        """
+        if self.score_field is not None:
+            with torch.no_grad():
+                at_states = reference.FieldAtStates(field or self.score_field.stacked(), observations)
+                moved = reference.amortized_flow(
+                    at_states, particles, budget.steps, budget.step_size, per_state, return_trajectory
+                )
+            if not evaluate:
+                return moved
+            q, _ = functional.critic_value_and_score(
+                weights or self.critic, observations, moved.particles, backend=self.backend
+            )
+            return moved._replace(q=q)
         return functional.value_gradient_flow(
             weights or self.critic,
             observations,
@@ -402,6 +425,8 @@ class VGFPolicy(nn.Module):
         else:
             policy.target_critic.load_state_dict(policy.critic.state_dict())
         load_mlp(policy.behavior, arrays, "bc")
+        if policy.score_field is not None:
+            load_mlp(policy.score_field, arrays, "q_grad")
         return policy.to(device) if device is not None else policy
 
     @classmethod

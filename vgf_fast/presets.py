@@ -4,7 +4,8 @@ They are data, in ``presets.json``: a preset inherits from a family and changes 
 is the public release's, from its scripts; where these give a range (step size, temperature), one value was chosen and
 listed. A section or budget named there ("policy") stands for all its fields. Sizes are the environments'. The bandwidth
 gradient is off in all of them, as in the paper and unlike the release. "tasks" is the number of an environment's tasks:
-"ogbench/cube-double-play/task3" is the preset with that task instead of the environment's default.
+"ogbench/cube-double-play/task3" is the preset with that task instead of the environment's default. All but the demo's
+have an amortised variant, AVGF: "ogbench/cube-double-play-avgf".
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from typing import Any, Generic, TypeVar
 from vgf_fast.config import TrainConfig, VGFConfig
 
 SECTIONS = ("policy", "train", "run")
+AMORTIZED = "-avgf"
+# As the release's amortised agent differs.
+AMORTIZED_CHANGE: dict[str, Any] = {"policy": {"amortized": True}, "train": {"max_gradient_norm": 1.0}}
 Value = TypeVar("Value")
 
 
@@ -55,8 +59,12 @@ class Preset:
 @functools.cache
 def _tables() -> dict[str, dict[str, Any]]:
     tables = json.loads(files("vgf_fast").joinpath("presets.json").read_text(encoding="utf-8"))
-    every: dict[str, Any] = {}
+    blocks = dict(tables["presets"])
     for name, block in tables["presets"].items():
+        if not name.startswith("demo/"):
+            blocks[name + AMORTIZED] = merged({key: block[key] for key in block if key != "paper"}, AMORTIZED_CHANGE)
+    every: dict[str, Any] = {}
+    for name, block in blocks.items():
         every[name] = block
         for number in range(1, block.get("tasks", 0) + 1):
             task = block["run"]["task"].replace("-singletask-", f"-singletask-task{number}-")

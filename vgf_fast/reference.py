@@ -10,6 +10,7 @@ Particles, scores and the SVGD direction are float32 at least; the matrix produc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights, activate_, activation_ba
 ADAM_BETA1, ADAM_BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 BANDWIDTH_MIN = 1e-12
 GAMMA_EPS = 1e-6
+AMORTIZED_NORM = 1.0  # of the direction of an amortised score, over all particles
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 BATCHED_ROWS = 64  # up to so many rows the CPU multiplies all members at once
 
@@ -203,6 +205,15 @@ def aggregate(q: Tensor, aggregation: str) -> Tensor:
     return q.amin(dim=0) if aggregation == "min" else q.mean(dim=0)
 
 
+class FieldAtStates(StackAtStates):
+    """A score field bound to B states."""
+
+    def __call__(self, actions: Tensor) -> Tensor:
+        """Scores at actions [B, N, A] -> [B, N, A], in the actions' dtype."""
+        z = self.first_layer(actions, self.rest_weight, self.state_share)
+        return self.output(self.hidden(z)).view_as(actions).to(actions.dtype)
+
+
 # --- drawing particles -----------------------------------------------------------------------------------------------
 
 
@@ -344,15 +355,21 @@ def svgd_step_(
     """
     phi = svgd_direction(particles, score, temperature, bandwidth_gradient, repulsion)
     if optimizer == "ascent":
-        particles.add_(phi, alpha=step_size)
+        particles.add_(phi, alpha=step_size).clamp_(-1.0, 1.0)
     else:
         if first_moment is None or second_moment is None:
             raise ValueError("first_moment and second_moment are None, expected tensors: optimizer='adam'")
-        first_moment.mul_(ADAM_BETA1).add_(phi, alpha=1.0 - ADAM_BETA1)
-        second_moment.mul_(ADAM_BETA2).addcmul_(phi, phi, value=1.0 - ADAM_BETA2)
-        scale = (second_moment / (1.0 - ADAM_BETA2**step)).sqrt_().add_(ADAM_EPS)
-        particles.addcdiv_(first_moment, scale, value=step_size / (1.0 - ADAM_BETA1**step))
-    particles.clamp_(-1.0, 1.0)
+        adam_step_(particles, phi, first_moment, second_moment, step, step_size)
+
+
+def adam_step_(
+    particles: Tensor, direction: Tensor, first_moment: Tensor, second_moment: Tensor, step: int, step_size: float
+) -> None:
+    """Adam's ascent along a direction, then the clip to [-1, 1]; all [B, N, A], ``step`` counts from 1."""
+    first_moment.mul_(ADAM_BETA1).add_(direction, alpha=1.0 - ADAM_BETA1)
+    second_moment.mul_(ADAM_BETA2).addcmul_(direction, direction, value=1.0 - ADAM_BETA2)
+    scale = (second_moment / (1.0 - ADAM_BETA2**step)).sqrt_().add_(ADAM_EPS)
+    particles.addcdiv_(first_moment, scale, value=step_size / (1.0 - ADAM_BETA1**step)).clamp_(-1.0, 1.0)
 
 
 @torch.no_grad()
@@ -390,6 +407,50 @@ def value_gradient_flow(
         with ranges.span("vgf/values"):
             q = at_states.values(x)
     return FlowResult(x, q, torch.stack(trajectory) if return_trajectory else None)
+
+
+def clip_to_norm(x: Tensor, max_norm: float, dim: tuple[int, ...] | None = None) -> Tensor:
+    """x as it is where its norm is below ``max_norm``, else shortened to it; over ``dim``, or over all entries."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=dim is not None)
+    return torch.where(norm < max_norm, x, x / norm * max_norm)
+
+
+@torch.no_grad()
+def amortized_flow(
+    field: Callable[[Tensor], Tensor],
+    particles: Tensor,
+    steps: int,
+    step_size: float,
+    per_state: bool,
+    return_trajectory: bool = False,
+) -> FlowResult:
+    """Move particles [B, N, A] by an amortised score ``field``: [B, N, A] -> [B, N, A], with no kernel (AVGF).
+
+    The direction is clipped to norm 1, over the particles of each state (``per_state``, as when the release acts, which
+    has one state a call) or over all of them (as when it trains); then Adam and the clip to [-1, 1]. No values.
+    """
+    x = particles.clone()
+    first, second = torch.zeros_like(x), torch.zeros_like(x)
+    trajectory = [x.clone()] if return_trajectory else []
+    for step in range(1, steps + 1):
+        with ranges.span(f"vgf/flow_step/{step - 1}"):
+            direction = clip_to_norm(field(x), AMORTIZED_NORM, (1, 2) if per_state else None)
+            adam_step_(x, direction, first, second, step, step_size)
+        if return_trajectory:
+            trajectory.append(x.clone())
+    return FlowResult(x, None, torch.stack(trajectory) if return_trajectory else None)
+
+
+def score_field_loss(prediction: Tensor, score: Tensor, normalize: bool = False) -> Tensor:
+    """Mean square of prediction - score, [B, A] each; ``normalize`` takes the scores at length one (AVGF)."""
+    return (prediction - score_target(score, normalize)).square().mean()
+
+
+def score_target(score: Tensor, normalize: bool) -> Tensor:
+    """What the score field learns: score [B, A] itself, or s / (|s| + 1e-8)."""
+    if not normalize:
+        return score
+    return score / (torch.linalg.vector_norm(score, dim=-1, keepdim=True) + 1e-8)
 
 
 @torch.no_grad()

@@ -138,7 +138,7 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
     """Arrays of a release checkpoint ``params_N.pkl`` under flat names.
 
     Names, as ``VGFPolicy.from_reference_parameters`` takes them: ``critic/value_net/Dense_0/kernel``,
-    ``target_critic/...``, ``bc/mlp/Dense_0/kernel``.
+    ``target_critic/...``, ``bc/mlp/Dense_0/kernel``, and of the amortised agent ``q_grad/mlp/Dense_0/kernel``.
     Raises ``FileNotFoundError``; ``UnsafePickleError`` when the pickle asks for anything but arrays, before
     anything of it is executed; ``CheckpointError`` when it is damaged or not a checkpoint of the release.
     """
@@ -154,7 +154,10 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
         raise CheckpointError(f"{path} is damaged or not a pickle: {error or type(error).__name__}") from error
     agent = content.get("agent") if isinstance(content, dict) else None
     arrays: dict[str, NDArray[Any]] = {}
-    for name, state in (("critic", "critic"), ("target_critic", "target_critic"), ("bc", "actor_bc")):
+    states = {"critic": "critic", "target_critic": "target_critic", "bc": "actor_bc"}
+    if isinstance(agent, dict) and "q_grad" in agent:
+        states["q_grad"] = "q_grad"
+    for name, state in states.items():
         parameters = agent.get(state, {}).get("params") if isinstance(agent, dict) else None
         if not isinstance(parameters, dict):
             raise CheckpointError(f"{path} is not a checkpoint of the release: it has no agent/{state}/params")
