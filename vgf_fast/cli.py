@@ -306,6 +306,7 @@ def _presets(options: Presets, console: Console) -> None:
     console.line(
         "Scores of OGBench are means of an environment's five tasks. --name shows a preset, and what is ours in it."
     )
+    console.line(f"Every one but the demo's has an amortised variant, such as d4rl/hopper-medium-v2{AMORTIZED}.")
 
 
 def information() -> dict[str, Any]:
