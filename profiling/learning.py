@@ -1,0 +1,145 @@
+"""Does it learn? VGF against its own parts on data made here: ``python -m profiling.learning TASK --data DIR``.
+
+Behaviour cloning (a random particle), best-of-N (L = 0) and the flow (L > 0) are one policy evaluated in different ways
+on the same episodes, and the data's own trajectories stand beside them. Three seeds with small networks, on a CPU. The
+data come from ``vgf-fast generate`` and ``profiling.locomotion``. Runs go on where they were stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from profiling import machine
+from vgf_fast import checkpoints, reproduce
+from vgf_fast.data import tasks
+from vgf_fast.evaluation import EvaluationResult, bootstrap_interval
+
+RESULTS = machine.REPOSITORY / "profiling" / "results" / "learning"
+SEEDS = (0, 1, 2)
+FLOW_STEPS = [0, 1, 2, 3, 5]
+EPISODES = 50
+NETWORKS: dict[str, Any] = {
+    "hidden_dims": [128, 128], "behavior_hidden_dims": [128, 128], "particles": 8, "behavior_steps": 5,
+}  # fmt: skip
+
+
+def _budgets(steps: int, step_size: float, temperature: float) -> dict[str, Any]:
+    budget = {"steps": steps, "step_size": step_size, "temperature": temperature}
+    return {"train_budget": budget, "test_budget": budget}
+
+
+TASKS: dict[str, dict[str, Any]] = {
+    "pointmaze": {
+        "policy": {**NETWORKS, **_budgets(3, 0.1, 0.5), "target_q_aggregation": "mean"},
+        "train": {"batch_size": 128, "discount": 0.99},
+        "run": {"task": "pointmaze-medium-navigate-singletask-v0", "steps": 15000},
+    },
+    "cube-single": {
+        "policy": {**NETWORKS, **_budgets(3, 0.05, 0.5), "target_q_aggregation": "mean"},
+        "train": {"batch_size": 128, "discount": 0.99},
+        "run": {"task": "cube-single-play-singletask-v0", "steps": 15000},
+    },
+    "halfcheetah": {
+        "policy": {**NETWORKS, **_budgets(3, 0.1, 0.1), "target_q_aggregation": "min"},
+        "train": {"batch_size": 128, "discount": 0.99},
+        "run": {"task": "d4rl/halfcheetah-medium-replay-v2", "steps": 15000},
+    },
+}
+
+
+class _Reporter:
+    def line(self, text: str) -> None:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    def results(self, title: str, results: Sequence[EvaluationResult]) -> None:
+        for result in results:
+            self.line(f"{title}, {result.label}: return {result.return_mean:.1f}, success {result.success_mean}")
+
+
+def settings(name: str, data: Path) -> dict[str, dict[str, Any]]:
+    """The sections of a task."""
+    task = TASKS[name]
+    run = {
+        **task["run"], "dataset_dir": str(data), "eval_interval": task["run"]["steps"], "eval_episodes": EPISODES,
+        "eval_flow_steps": FLOW_STEPS, "eval_behavior_cloning": True, "checkpoint_interval": 1000, "log_interval": 500,
+        "tensorboard": False, "device": "cpu",
+    }  # fmt: skip
+    return {"policy": task["policy"], "train": task["train"], "run": run}
+
+
+def data_scores(name: str, data: Path, metric: str) -> list[float]:
+    """What the data's own trajectories reached, each: success in percent, or its normalised return."""
+    task = tasks.load(TASKS[name]["run"]["task"], data)
+    train = task.train
+    ends = train.terminals.clone()
+    ends[-1] = True
+    number = torch.cumsum(ends, 0) - ends.long()
+    count = int(number[-1]) + 1
+    if metric.startswith("success"):
+        reached = torch.zeros(count).index_add_(0, number, (train.masks == 0).float()) > 0
+        return (100.0 * reached.float()).tolist()
+    rewards = (train.rewards.double() - task.reward_shift) / task.reward_scale
+    returns = torch.zeros(count, dtype=torch.float64).index_add_(0, number, rewards)
+    assert isinstance(task.evaluation.score, tuple)
+    low, high = task.evaluation.score
+    return (100.0 * (returns - low) / (high - low)).tolist()
+
+
+def measure(name: str, data: Path, work: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Train and evaluate what is not done, and return the record."""
+    sections = settings(name, data)
+    found = reproduce.reproduce(work / name, sections, seeds, None, _Reporter(), progress=False)
+    column, metric, factor = next(one for one in reproduce.METRICS if one[1] == found.metric)
+    rows = [row for row in reproduce.read_evaluations(work / name, seeds) if row["step"] == found.steps]
+    methods = {}
+    for label in ("bc", *(f"L={steps}" for steps in FLOW_STEPS)):
+        scores = [factor * row[column] for row in rows if row["label"] == label]
+        methods[label] = _with_interval(scores)
+    own = data_scores(name, data, metric)
+    sections["run"].pop("dataset_dir")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": machine.cpu_name(), "torch": torch.__version__, "commit": machine.git_commit(),
+        "command": f"python -m profiling.learning {name} --data DIR", "task": name, "metric": metric,
+        "seeds": list(seeds), "settings": sections, "trajectories": len(own),
+        "data": {**_with_interval(own), "scores": []}, "methods": methods,
+    }  # fmt: skip
+
+
+def _with_interval(scores: Sequence[float]) -> dict[str, Any]:
+    low, high = bootstrap_interval(scores, reproduce.CONFIDENCE, seed=0)
+    return {"mean": float(np.mean(scores)), "low": low, "high": high, "scores": list(scores)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and record."""
+    parser = argparse.ArgumentParser(
+        prog="python -m profiling.learning", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--data", metavar="DIR", type=Path, required=True, help="folder of the task's files")
+    parser.add_argument("--work", metavar="DIR", type=Path, default=Path("runs") / "learning", help="of the runs")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=RESULTS)
+    parser.add_argument("--seeds", default="0..2")
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    record = measure(given.task, given.data.resolve(), given.work, reproduce.parse_seeds(given.seeds))
+    path = given.out / f"{given.task}.json"
+    checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
+    sys.stdout.write(f"written: {path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
