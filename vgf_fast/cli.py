@@ -1,4 +1,4 @@
-"""The command line: vgf-fast demo | generate | train | evaluate | reproduce | presets | info.
+"""The command line: vgf-fast demo | generate | train | finetune | evaluate | reproduce | presets | info.
 
 Exit codes: 0 done, 1 a mistake that is told in one line, 2 wrong usage, 130 interrupted. ``VGF_FAST_DEBUG=1`` shows the
 traceback of a mistake.
@@ -24,6 +24,7 @@ from vgf_fast import checkpoints, functional
 from vgf_fast.config import Precision
 from vgf_fast.demo import DemoConfig
 from vgf_fast.functional import Backend
+from vgf_fast.online import Style
 from vgf_fast.run import InterruptedRunError
 from vgf_fast.settings import RunConfig, Sections
 from vgf_fast.simulators import EvaluationError, Workers
@@ -93,6 +94,27 @@ class Evaluate:
     seed: int = 0  # of the episodes
     confidence: float = 0.95  # of the intervals
     json: Path | None = None  # file to write the results to
+    device: str | None = None  # cpu, cuda, ...; default: the GPU if there is one
+    backend: Backend = "auto"  # auto, triton or torch
+
+
+@dataclasses.dataclass
+class Finetune:
+    """Go on with a trained run in the simulator: offline to online. The same command goes on after a stop."""
+
+    run: Path  # directory of a run, as vgf-fast train leaves it; it is only read
+    out: Path  # directory of online.jsonl, checkpoint/ and policy/
+    steps: int = 1_000_000  # in the simulator, those before a stop included
+    style: Style = "one_buffer"  # offline data: in one buffer with the new, half_and_half of a batch, or online_only
+    warm_up: int = 5000  # steps before the first update
+    buffer_size: int = 2_000_000  # most transitions kept
+    eval_interval: int = 100_000  # steps between evaluations; there is one at the start too; 0: none
+    eval_episodes: int = 50  # for each number of flow steps
+    eval_flow_steps: tuple[int, ...] = (0, 1, 2, 3)  # numbers of flow steps (L_test) to evaluate
+    log_interval: int = 1000  # steps between records
+    checkpoint_interval: int = 50_000  # steps between checkpoints; there is one at the end too
+    dataset_dir: str | None = None  # folder of the task's files; default: the run's
+    seed: int = 0  # of episodes and acting
     device: str | None = None  # cpu, cuda, ...; default: the GPU if there is one
     backend: Backend = "auto"  # auto, triton or torch
 
@@ -258,6 +280,13 @@ def _evaluate(options: Evaluate, console: Console) -> None:
         console.line(f"written: {options.json}")
 
 
+def _finetune(options: Finetune, console: Console) -> None:
+    from vgf_fast.finetune import finetune
+
+    finetune(console=console, **{field.name: getattr(options, field.name) for field in dataclasses.fields(options)})
+    console.line(f"done; evaluate with: vgf-fast evaluate --policy {options.out / 'policy'}")
+
+
 def _reproduce(options: Reproduce, console: Console) -> None:
     from vgf_fast import reproduce
     from vgf_fast.presets import preset
@@ -367,7 +396,7 @@ def _parse(arguments: list[str]) -> tuple[Any, Sections]:
         raise ValueError(
             "--set is given twice, of which only the last would count: put all assignments after one --set"
         )
-    commands: Any = Demo | Generate | Train | Evaluate | Reproduce | Presets | Info
+    commands: Any = Demo | Generate | Train | Finetune | Evaluate | Reproduce | Presets | Info
     command = tyro.cli(commands, prog="vgf-fast", args=arguments, config=config, description=__doc__)
     if not isinstance(command, Train):
         return command, {}
@@ -397,6 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 Demo: _demo,
                 Generate: _generate,
                 Evaluate: _evaluate,
+                Finetune: _finetune,
                 Reproduce: _reproduce,
                 Presets: _presets,
                 Info: _info,

@@ -25,6 +25,7 @@ from vgf_fast.reference import MLPWeights
 
 if TYPE_CHECKING:
     from vgf_fast.data.dataset import Dataset
+    from vgf_fast.online import Style
 
 LEARNER_FILE = "learner.safetensors"
 BATCH_FIELDS = ("observations", "actions", "next_observations", "rewards", "masks")
@@ -431,6 +432,36 @@ class Learner:
                 self.save(checkpoint_dir)
             raise
         return records
+
+    def finetune_online(
+        self,
+        dataset: Dataset | None,
+        make_env: Callable[[], Any],
+        steps: int,
+        *,
+        style: Style = "one_buffer",
+        warm_up: int = 5000,
+        reward_scale: float = 1.0,
+        reward_shift: float = 0.0,
+        seed: int = 0,
+        **options: Any,
+    ) -> list[dict[str, float]]:
+        """Go on learning in the simulator for ``steps`` steps; returns the logged records.
+
+        ``style`` is how the offline transitions are used: "one_buffer", "half_and_half" or "online_only". For the other
+        arguments see ``vgf_fast.online.OnlineTraining``; ``options`` are those of its ``run``, such as
+        ``eval_interval`` and ``make_eval_env``. An ``OnlineTraining`` of your own can also be saved and resumed.
+        """
+        from vgf_fast.online import OnlineTraining
+
+        training = OnlineTraining(
+            self, dataset, make_env, style=style, warm_up=warm_up, reward_scale=reward_scale,
+            reward_shift=reward_shift, seed=seed,
+        )  # fmt: skip
+        try:
+            return training.run(steps, **options)
+        finally:
+            training.close()
 
     def _updates(self, dataset: Dataset, limit: int) -> dict[str, Tensor]:
         """At least one and at most ``limit`` updates on batches of a dataset; the metrics of the last one."""

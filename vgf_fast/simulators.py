@@ -39,6 +39,7 @@ class Outcome(NamedTuple):
     reward: float
     done: bool
     success: bool | None
+    terminated: bool = False  # not merely out of time
 
 
 class Spaces(NamedTuple):
@@ -118,7 +119,8 @@ class Simulator:
             clipped = np.clip(action, space.low, space.high).astype(space.dtype)
             observation, reward, terminated, truncated, info = self.env.step(clipped)
             success = bool(info["success"]) if "success" in info else None
-            return Outcome(self._vector(observation), float(reward), bool(terminated or truncated), success)
+            done = bool(terminated or truncated)
+            return Outcome(self._vector(observation), float(reward), done, success, bool(terminated))
 
     def _vector(self, observation: Any) -> np.ndarray:
         vector = np.array(observation, dtype=np.float64)

@@ -1,0 +1,105 @@
+"""Transitions of an online phase on a device: a ring that forgets the oldest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from vgf_fast.data.dataset import ACTION_CLIP, Dataset
+
+
+class ReplayBuffer:
+    """At most ``capacity`` transitions on one device, sampled uniformly with replacement.
+
+    All memory is taken at the start. A row is that of ``Dataset``: observation, action, next observation, reward, mask.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        observation_dim: int,
+        action_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """An empty buffer. Raises ``ValueError`` for sizes below 1."""
+        for name, value in (("capacity", capacity), ("observation_dim", observation_dim), ("action_dim", action_dim)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected an integer >= 1")
+        width = 2 * observation_dim + action_dim + 2
+        self._storage = torch.zeros((capacity, width), dtype=dtype, device=device)
+        ends = torch.zeros(capacity, dtype=torch.bool, device=self._storage.device)
+        # All rows as a data set, for its views of the fields; what is sampled are the filled ones.
+        self._rows = Dataset(self._storage, ends, observation_dim, action_dim)
+        self.size = 0
+        self.cursor = 0  # where the next transition goes
+
+    @classmethod
+    def of(cls, dataset: Dataset, capacity: int) -> ReplayBuffer:
+        """A buffer that begins with a data set's transitions; it holds at least one more than they are."""
+        buffer = cls(
+            max(capacity, dataset.size + 1), dataset.observation_dim, dataset.action_dim,
+            device=dataset.device, dtype=dataset.dtype,
+        )  # fmt: skip
+        for name in ("observations", "actions", "next_observations", "rewards", "masks"):
+            getattr(buffer._rows, name)[: dataset.size] = getattr(dataset, name)
+        buffer.size = buffer.cursor = dataset.size
+        return buffer
+
+    @property
+    def capacity(self) -> int:
+        """Most transitions it can hold."""
+        return self._storage.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transitions lie."""
+        return self._storage.device
+
+    def add(self, observation: Any, action: Any, next_observation: Any, reward: float, mask: float) -> None:
+        """Add a transition: observation and next_observation [O], action [A] (clipped to +-(1 - 1e-5)), mask 0 or 1.
+
+        Raises ``ValueError`` for wrong lengths, and for NaN or infinity.
+        """
+        o, a = self._rows.observation_dim, self._rows.action_dim
+        parts = {
+            "observation": (np.asarray(observation, np.float64).ravel(), o),
+            "action": (np.asarray(action, np.float64).ravel().clip(-ACTION_CLIP, ACTION_CLIP), a),
+            "next_observation": (np.asarray(next_observation, np.float64).ravel(), o),
+            "reward": (np.asarray([reward], np.float64), 1),
+            "mask": (np.asarray([mask], np.float64), 1),
+        }
+        for name, (value, length) in parts.items():
+            if len(value) != length:
+                raise ValueError(f"{name} has {len(value)} entries, expected {length}")
+            if not np.isfinite(value).all():
+                raise ValueError(f"{name} has NaN or infinity, expected finite numbers")
+        row = torch.from_numpy(np.concatenate([value for value, _ in parts.values()]))
+        self._storage[self.cursor].copy_(row.to(self._storage.dtype))
+        self.cursor = (self.cursor + 1) % self.capacity
+        self.size = min(self.size + 1, self.capacity)
+
+    def sample(self, batch_size: int, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
+        """Transitions drawn uniformly with replacement, as ``Dataset.sample``. Raises ``ValueError`` when empty."""
+        if self.size == 0:
+            raise ValueError("the replay buffer is empty, expected at least one transition")
+        index = torch.randint(self.size, (batch_size,), generator=generator, device=self.device)
+        return self._rows._split(self._storage.index_select(0, index))
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """What ``restore`` takes: the filled rows, and counts."""
+        return {"rows": self._storage[: self.size]}, {"capacity": self.capacity, "cursor": self.cursor}
+
+    def restore(self, tensors: dict[str, torch.Tensor], counts: dict[str, int]) -> None:
+        """Become what ``state`` was taken of. Raises ``ValueError`` for another capacity or width."""
+        rows = tensors["rows"]
+        if counts["capacity"] != self.capacity or rows.shape[1:] != self._storage.shape[1:]:
+            raise ValueError(
+                f"the saved buffer has capacity {counts['capacity']} and rows of {rows.shape[1]}, expected "
+                f"{self.capacity} and {self._storage.shape[1]}"
+            )
+        self._storage[: len(rows)].copy_(rows)
+        self.size, self.cursor = len(rows), counts["cursor"]

@@ -1,0 +1,119 @@
+"""Offline to online in a directory: a run's learner, its task's simulator, records and checkpoints.
+
+The directory holds online.jsonl, checkpoint/ and policy/. Called again, it goes on from the last checkpoint, with the
+records later than that removed; the episode that was under way is begun anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from vgf_fast import checkpoints
+from vgf_fast.data import tasks
+from vgf_fast.functional import Backend
+from vgf_fast.learner import LEARNER_FILE, Learner
+from vgf_fast.online import OnlineTraining, Record, Style
+from vgf_fast.run import CHECKPOINT, POLICY, SETTINGS_FILE, choose_device
+from vgf_fast.settings import read_file
+
+RECORDS = "online.jsonl"
+
+
+class Console(Protocol):
+    """Who is told what happens."""
+
+    def line(self, text: str) -> None:
+        """A line of text."""
+
+
+def finetune(
+    run: Path,
+    out: Path,
+    *,
+    steps: int,
+    style: Style,
+    warm_up: int,
+    buffer_size: int,
+    eval_interval: int,
+    eval_episodes: int,
+    eval_flow_steps: Sequence[int],
+    log_interval: int,
+    checkpoint_interval: int,
+    dataset_dir: str | None,
+    seed: int,
+    device: str | None,
+    backend: Backend,
+    console: Console,
+    progress: bool = True,
+) -> list[Record]:
+    """Take the learner of ``run`` online, to ``steps`` steps in all; the arguments are ``vgf-fast finetune``'s.
+
+    Returns the records of this call. Raises ``FileNotFoundError`` when ``run`` is no run, ``ValueError`` for a task
+    without an environment, and what ``OnlineTraining`` raises.
+    """
+    if not (run / CHECKPOINT / LEARNER_FILE).is_file():
+        raise FileNotFoundError(f"{run} has no {CHECKPOINT}/{LEARNER_FILE}: expected the directory of a trained run")
+    settings = read_file(run / SETTINGS_FILE).get("run", {})
+    name, env = settings.get("task", ""), settings.get("env")
+    device = choose_device(device)
+    evaluation = tasks.environment(name, dataset_dir or settings.get("dataset_dir"), env=env)
+    if evaluation.make_env is None:
+        raise ValueError(f"{name} has no environment to act in: train with --env")
+    task = tasks.load(name, dataset_dir or settings.get("dataset_dir"), env=env, device=device)
+    held = out / CHECKPOINT / LEARNER_FILE
+    learner = Learner.resume((out if held.is_file() else run) / CHECKPOINT, device=device, backend=backend)
+    training = OnlineTraining(
+        learner,
+        task.train,
+        evaluation.make_env,
+        style=style,
+        warm_up=warm_up,
+        buffer_size=buffer_size,
+        reward_scale=task.reward_scale,
+        reward_shift=task.reward_shift,
+        seed=seed,
+    )
+    try:
+        if held.is_file():
+            training.restore(out / CHECKPOINT)
+        if training.steps >= steps:
+            raise ValueError(f"steps is {steps}, but the checkpoint in {out} has {training.steps} already")
+        _cut(out / RECORDS, training.steps)
+        start = "going on after" if training.steps else "after"
+        console.line(f"{start} {training.steps:,} of {steps:,} steps in the simulator, {learner.step:,} updates in all")
+        with (out / RECORDS).open("a", encoding="utf-8") as file:
+
+            def log(record: Record) -> None:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                shown = {key: value for key, value in record.items() if key.partition("/")[0] in ("return", "success")}
+                text = ", ".join(f"{key} {value:.3g}" for key, value in shown.items())
+                console.line(f"step {int(record['step']):,}: {text}" if text else f"step {int(record['step']):,}")
+
+            records = training.run(
+                steps - training.steps,
+                log_interval=log_interval,
+                on_log=log,
+                eval_interval=eval_interval,
+                make_eval_env=evaluation.make_env,
+                eval_episodes=eval_episodes,
+                eval_flow_steps=tuple(eval_flow_steps),
+                score=evaluation.score,
+                checkpoint_dir=out / CHECKPOINT,
+                checkpoint_interval=checkpoint_interval,
+                progress=progress,
+            )
+    finally:
+        training.close()
+    learner.policy.save_pretrained(out / POLICY)
+    return records
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drop the records later than a step, and one that was cut off; without any step, all."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() and step else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    checkpoints.write_text(path, "".join(kept))
