@@ -2,7 +2,8 @@
 
 Behaviour cloning (a random particle), best-of-N (L = 0) and the flow (L > 0) are one policy evaluated in different ways
 on the same episodes, and the data's own trajectories stand beside them. Three seeds with small networks, on a CPU. The
-data come from ``vgf-fast generate`` and ``profiling.locomotion``. Runs go on where they were stopped.
+data come from ``vgf-fast generate`` and ``profiling.locomotion``. ``--online`` takes the trained runs online instead.
+Runs go on where they were stopped.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from profiling import machine
 from vgf_fast import checkpoints, reproduce
 from vgf_fast.data import tasks
 from vgf_fast.evaluation import EvaluationResult, bootstrap_interval
+from vgf_fast.finetune import RECORDS, finetune
 
 RESULTS = machine.REPOSITORY / "profiling" / "results" / "learning"
 SEEDS = (0, 1, 2)
@@ -29,6 +31,12 @@ FLOW_STEPS = [0, 1, 2, 3, 5]
 EPISODES = 50
 NETWORKS: dict[str, Any] = {
     "hidden_dims": [128, 128], "behavior_hidden_dims": [128, 128], "particles": 8, "behavior_steps": 5,
+}  # fmt: skip
+
+
+ONLINE: dict[str, Any] = {
+    "steps": 15000, "style": "half_and_half", "warm_up": 1000, "buffer_size": 100_000, "eval_interval": 5000,
+    "eval_episodes": 10, "eval_flow_steps": [0, 3], "log_interval": 1000, "checkpoint_interval": 5000,
 }  # fmt: skip
 
 
@@ -108,11 +116,43 @@ def measure(name: str, data: Path, work: Path, seeds: Sequence[int]) -> dict[str
     own = data_scores(name, data, metric)
     sections["run"].pop("dataset_dir")
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": machine.cpu_name(), "torch": torch.__version__, "commit": machine.git_commit(),
-        "command": f"python -m profiling.learning {name} --data DIR", "task": name, "metric": metric,
+        **_facts(f"{name} --data DIR"), "task": name, "metric": metric,
         "seeds": list(seeds), "settings": sections, "trajectories": len(own),
         "data": {**_with_interval(own), "scores": []}, "methods": methods,
+    }  # fmt: skip
+
+
+def measure_online(name: str, data: Path, work: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Take every seed's run online, if it is not yet, and return the record: scores against steps."""
+    scores: dict[int, dict[str, list[float]]] = {}
+    for seed in seeds:
+        out = work / f"{name}-online" / f"seed_{seed}"
+        if not (out / "policy").is_dir():
+            finetune(
+                work / name / f"seed_{seed}", out, dataset_dir=str(data), seed=seed, device="cpu", backend="auto",
+                console=_Reporter(), progress=False, **ONLINE,
+            )  # fmt: skip
+        for line in (out / RECORDS).read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            for key, value in record.items():
+                kind, _, label = key.partition("/")
+                if label and kind == "normalized":
+                    scores.setdefault(record["step"], {}).setdefault(label, []).append(value)
+    return {
+        **_facts(f"{name} --online --data DIR"), "task": name, "metric": "normalised score", "seeds": list(seeds),
+        "settings": {**ONLINE, "offline": TASKS[name]},
+        "scores": {
+            str(step): {label: _with_interval(values) for label, values in by_label.items()}
+            for step, by_label in scores.items()
+        },
+    }  # fmt: skip
+
+
+def _facts(arguments: str) -> dict[str, Any]:
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": machine.cpu_name(), "torch": torch.__version__, "commit": machine.git_commit(),
+        "command": f"python -m profiling.learning {arguments}",
     }  # fmt: skip
 
 
@@ -130,12 +170,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", metavar="DIR", type=Path, required=True, help="folder of the task's files")
     parser.add_argument("--work", metavar="DIR", type=Path, default=Path("runs") / "learning", help="of the runs")
     parser.add_argument("--out", metavar="DIR", type=Path, default=RESULTS)
+    parser.add_argument("--online", action="store_true", help="go on with the runs in the simulator")
     parser.add_argument("--seeds", default="0..2")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    record = measure(given.task, given.data.resolve(), given.work, reproduce.parse_seeds(given.seeds))
-    path = given.out / f"{given.task}.json"
+    run = measure_online if given.online else measure
+    record = run(given.task, given.data.resolve(), given.work, reproduce.parse_seeds(given.seeds))
+    path = given.out / f"{given.task}{'-online' if given.online else ''}.json"
     checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
     sys.stdout.write(f"written: {path}\n")
     return 0
