@@ -1,4 +1,4 @@
-"""The command line: vgf-fast demo | generate | train | finetune | evaluate | reproduce | presets | info.
+"""The command line: vgf-fast demo | generate | train | finetune | evaluate | reproduce | presets | align | info.
 
 Exit codes: 0 done, 1 a mistake that is told in one line, 2 wrong usage, 130 interrupted. ``VGF_FAST_DEBUG=1`` shows the
 traceback of a mistake.
@@ -16,7 +16,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -32,6 +32,7 @@ from vgf_fast.simulators import EvaluationError, Workers
 if TYPE_CHECKING:
     from vgf_fast.console import Console
 
+AlignMethod = Literal["flow", "plain", "best-of-n", "token-search"]
 INTERRUPTED = 130
 MISTAKES = (ValueError, OSError, ImportError, ArithmeticError, EvaluationError)
 PACKAGES = (
@@ -138,6 +139,31 @@ class Presets:
 
     name: str | None = None  # show one with all its settings
     json: bool = False  # as JSON
+
+
+@dataclasses.dataclass
+class Align:
+    """Better responses of a language model by a reward model; the same command goes on after a stop."""
+
+    reference: str  # causal language model: a directory, or a name on Hugging Face's hub
+    reward: str  # sequence classifier with the same tokenizer, one output, likewise
+    prompts: Path  # .txt with a prompt a line, or rows with "prompt": .jsonl, .json, .parquet
+    out: Path  # .jsonl, a line a prompt
+    method: AlignMethod = "flow"  # embedding flow, the paper's plain form of it, best-of-n, or token-search
+    particles: int = 8  # responses a prompt
+    steps: int = 20  # of the flow (L); 0 is best-of-N
+    step_size: float = 1.0  # in median lengths of a token embedding
+    temperature: float = 0.1  # alpha
+    reward_units: int | None = None  # most reward passes a prompt: forward 1, forward and backward 2
+    trust_radius: float | None = None  # how far a token may get, in the same lengths
+    fluency: float = 1.5  # a response's perplexity may be this many times its start's; 0: no bound
+    svgd: bool = False  # SVGD between the responses to a prompt
+    max_new_tokens: int = 32  # of a first response
+    label: int | None = None  # output of the reward model that is the reward, if it has several
+    precision: Precision = "float32"  # of both models' weights; particles stay float32
+    max_tokens: int = 16384  # padded tokens a pass
+    seed: int = 0  # prompt i is sampled with seed + i
+    device: str | None = None  # cpu, cuda, ...; default: the GPU if there is one
 
 
 @dataclasses.dataclass
@@ -306,6 +332,16 @@ def _reproduce(options: Reproduce, console: Console) -> None:
     console.line(f"written to {options.out}: {reproduce.EVALUATIONS}, {reproduce.SUMMARY}, {reproduce.CURVE}")
 
 
+def _align(options: Align, console: Console) -> None:
+    try:
+        from vgf_fast.llm.run import align_paths
+    except ImportError as error:
+        raise ImportError(f"aligning needs transformers ({error}): pip install 'vgf_fast[llm]'") from error
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    count = align_paths(**given, report=console.line)
+    console.line(f"{count} prompts aligned: {options.out}")
+
+
 def _presets(options: Presets, console: Console) -> None:
     from vgf_fast.presets import AMORTIZED, preset, presets, train_presets
 
@@ -396,7 +432,7 @@ def _parse(arguments: list[str]) -> tuple[Any, Sections]:
         raise ValueError(
             "--set is given twice, of which only the last would count: put all assignments after one --set"
         )
-    commands: Any = Demo | Generate | Train | Finetune | Evaluate | Reproduce | Presets | Info
+    commands: Any = Demo | Generate | Train | Finetune | Evaluate | Reproduce | Presets | Align | Info
     command = tyro.cli(commands, prog="vgf-fast", args=arguments, config=config, description=__doc__)
     if not isinstance(command, Train):
         return command, {}
@@ -429,6 +465,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 Finetune: _finetune,
                 Reproduce: _reproduce,
                 Presets: _presets,
+                Align: _align,
                 Info: _info,
             }
             functions[type(command)](command, console)
