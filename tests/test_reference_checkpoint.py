@@ -208,5 +208,5 @@ def test_config_from_reference():
         vgf.config_from_reference({"ob_dims": (11,)})
     with pytest.raises(ValueError, match="pixel encoders"):
         vgf.config_from_reference({"ob_dims": (64, 64, 3), "action_dim": 3, "encoder": "impala_small"})
-    with pytest.raises(ValueError, match="agent_name='fql'"):
+    with pytest.raises(ValueError, match="agent_name is 'fql', expected one of 'vgf', 'avgf'$"):
         vgf.config_from_reference({"ob_dims": (11,), "action_dim": 3, "agent_name": "fql"})
