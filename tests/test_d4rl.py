@@ -17,8 +17,9 @@ h5py = pytest.importorskip("h5py")
 gymnasium = pytest.importorskip("gymnasium")
 from properties import given, settings, st  # noqa: E402
 
-from vgf_fast.data import d4rl  # noqa: E402
+from vgf_fast.data import d4rl, tasks  # noqa: E402
 from vgf_fast.data.dataset import ACTION_CLIP  # noqa: E402
+from vgf_fast.data.download import download  # noqa: E402
 from vgf_fast.evaluation import evaluate  # noqa: E402
 
 
@@ -205,6 +206,17 @@ def test_bad_files_are_named(tmp_path, arrays, message):
     assert str(path) in str(caught.value)
 
 
+def test_one_episode(tmp_path):
+    arrays = broken()
+    arrays["terminals"][:] = False
+    arrays["terminals"][-1] = True
+    path = write(tmp_path / "hopper_medium-v2.hdf5", **arrays)
+    # As in d4rl, the file's last row has no next one.
+    assert d4rl.load("hopper-medium-v2", path, normalize_reward=False).train.size == 7
+    with pytest.raises(ValueError, match="has 1 whole trajectories, expected two .*: use normalize_reward=False"):
+        d4rl.load("hopper-medium-v2", path)
+
+
 @pytest.mark.parametrize("content", [b"", b"no HDF5", None], ids=["empty", "other", "truncated"])
 def test_damaged_files_are_named(tmp_path, hopper, content):
     path = tmp_path / "a.hdf5"
@@ -280,15 +292,23 @@ def test_a_download_goes_on_where_it_broke_off(server, tmp_path, monkeypatch, ra
     assert len(server.asked) == 2
 
 
+def test_a_task_is_downloaded_from_a_mirror(server, tmp_path):
+    task = tasks.load("d4rl/hopper-medium-v2", tmp_path / "cache", url=server.url.rpartition("/")[0] + "/")
+    assert (tmp_path / "cache" / "hopper_medium-v2.hdf5").read_bytes() == server.content
+    assert task.train.size > 0
+    with pytest.raises(ValueError, match=r"url is 'http.*', expected none for own.npz: it is for OGBench and D4RL"):
+        tasks.load("own.npz", url=server.url)
+
+
 def test_what_is_longer_than_the_file_is_downloaded_anew(server, tmp_path):
     file = tmp_path / "hopper_medium-v2.hdf5"
     file.with_name(file.name + ".part").write_bytes(bytes(10**6))
-    assert d4rl.download(server.url, file).read_bytes() == server.content
+    assert download(server.url, file).read_bytes() == server.content
 
 
 def test_a_server_that_is_away(tmp_path):
     with pytest.raises(ConnectionError, match=r"could not be downloaded .* put it at .*file.hdf5"):
-        d4rl.download("http://127.0.0.1:9/file.hdf5", tmp_path / "file.hdf5")
+        download("http://127.0.0.1:9/file.hdf5", tmp_path / "file.hdf5")
 
 
 # --- environments ---

@@ -1,10 +1,13 @@
 """Loading OGBench's files: what comes out, and what every bad name, file and download is told."""
 
+import functools
+import http.server
 import io
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from email.message import Message
 from pathlib import Path
@@ -17,7 +20,7 @@ import torch
 
 pytest.importorskip("ogbench")
 
-from vgf_fast.data import Dataset, ogbench
+from vgf_fast.data import Dataset, ogbench, tasks
 from vgf_fast.data.generate import generate
 
 NAME = "pointmaze-medium-navigate-v0"
@@ -195,6 +198,29 @@ def test_missing_files_are_downloaded_to_the_default_folder(
     monkeypatch.setattr("urllib.request.urlopen", lambda url: io.BytesIO((source / url.split("/")[-1]).read_bytes()))
     data = ogbench.load(TASK)
     assert (data.train.size, data.validation.size) == (10_000, 1_000)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [f"{NAME}-val.npz", f"{NAME}.npz"]
+
+
+def test_missing_files_are_downloaded_from_a_mirror(source: Path, tmp_path: Path) -> None:
+    asked = []
+
+    class Mirror(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: Any) -> None:
+            asked.append(self.path)
+
+    handler = functools.partial(Mirror, directory=str(source))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.01))
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/"
+        data = tasks.load(TASK, tmp_path / "cache", url=url)
+        again = tasks.load(TASK, tmp_path / "cache", url=url)
+        with pytest.raises(ConnectionError, match=r"pointmaze-large-navigate-v0.npz could not be downloaded .*404"):
+            ogbench.load("pointmaze-large-navigate-singletask-v0", tmp_path / "cache", url=url)
+        server.shutdown()
+        thread.join()
+    assert data.train.size == again.train.size == 10_000
+    assert asked == [f"/{NAME}.npz", f"/{NAME}-val.npz", *["/pointmaze-large-navigate-v0.npz"] * 2]
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [f"{NAME}-val.npz", f"{NAME}.npz"]
 
 

@@ -158,7 +158,7 @@ def test_the_command_lists_them(capsys):
 
 def test_amortised_variants():
     plain, amortized = preset("ogbench/scene-play/task2"), preset("ogbench/scene-play-avgf/task2")
-    assert amortized.policy == {**plain.policy, "amortized": True}
+    assert amortized.policy == {**plain.policy, "amortized": True, "particles": 5}
     assert amortized.train == {**plain.train, "max_gradient_norm": 1.0}
     assert (amortized.run, amortized.ours, amortized.paper) == (plain.run, plain.ours, None)
     assert "demo/reacher-avgf" not in presets

@@ -225,7 +225,7 @@ def _train(options: Train, sections: Sections, console: Console) -> None:
     if tasks.is_file(run.task):
         run = dataclasses.replace(run, task=str(Path(run.task).expanduser().resolve()))
     device, dtype = runs.choose_device(run.device), getattr(torch, run.data_precision)
-    task = tasks.load(run.task, run.dataset_dir, env=run.env, device=device, dtype=dtype)
+    task = tasks.load(run.task, run.dataset_dir, env=run.env, url=run.data_url, device=device, dtype=dtype)
     for line in task.summary.splitlines():
         console.line(line)
     if task.evaluation.make_env is None and run.eval_interval:

@@ -62,7 +62,8 @@ def finetune(
     evaluation = tasks.environment(name, dataset_dir or settings.get("dataset_dir"), env=env)
     if evaluation.make_env is None:
         raise ValueError(f"{name} has no environment to act in: train with --env")
-    task = tasks.load(name, dataset_dir or settings.get("dataset_dir"), env=env, device=device)
+    folder, url = dataset_dir or settings.get("dataset_dir"), settings.get("data_url")
+    task = tasks.load(name, folder, env=env, url=url, device=device)
     held = out / CHECKPOINT / LEARNER_FILE
     learner = Learner.resume((out if held.is_file() else run) / CHECKPOINT, device=device, backend=backend)
     training = OnlineTraining(

@@ -22,8 +22,8 @@ from vgf_fast.config import TrainConfig, VGFConfig
 
 SECTIONS = ("policy", "train", "run")
 AMORTIZED = "-avgf"
-# As the release's amortised agent differs.
-AMORTIZED_CHANGE: dict[str, Any] = {"policy": {"amortized": True}, "train": {"max_gradient_norm": 1.0}}
+# As the release's amortised agent and its scripts differ.
+AMORTIZED_CHANGE: dict[str, Any] = {"policy": {"amortized": True, "particles": 5}, "train": {"max_gradient_norm": 1.0}}
 Value = TypeVar("Value")
 
 

@@ -110,7 +110,7 @@ def reproduce(
     sections = {**sections, "run": dataclasses.asdict(run)}
     _check_settings(out, sections)
     device, dtype = runs.choose_device(run.device), getattr(torch, run.data_precision)
-    task = tasks.load(run.task, run.dataset_dir, env=run.env, device=device, dtype=dtype)
+    task = tasks.load(run.task, run.dataset_dir, env=run.env, url=run.data_url, device=device, dtype=dtype)
     if task.evaluation.make_env is None:
         raise ValueError(f"{run.task} has no environment to evaluate in: give run.env")
     for line in task.summary.splitlines():
@@ -139,7 +139,7 @@ def _check_settings(out: Path, sections: Sections) -> None:
     new = json.loads(json.dumps(sections))
     for section, fields in new.items():
         for name, value in fields.items():
-            if name in ("device", "backend", "eval_workers", "tensorboard", "dataset_dir"):
+            if name in ("device", "backend", "eval_workers", "tensorboard", "dataset_dir", "data_url"):
                 continue
             begun = old.get(section, {}).get(name)
             if begun != value:

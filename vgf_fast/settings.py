@@ -22,6 +22,7 @@ class RunConfig:
 
     task: str = ""  # cube-single-play-singletask-v0, d4rl/hopper-medium-v2, minari/..., or a file of transitions
     dataset_dir: str | None = None  # folder of the task's files; default: where its library looks, with download
+    data_url: str | None = None  # folder of a mirror of OGBench's or D4RL's files, to download missing ones from
     env: str | None = None  # Gymnasium environment to evaluate in, instead of the task's own; a file has none
     data_precision: Precision = "float32"  # of the transitions in memory; bfloat16 takes half of it
     steps: int = 1_000_000  # updates in all, those before a resumption included

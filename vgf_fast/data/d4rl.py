@@ -11,27 +11,20 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
-from urllib.error import HTTPError, URLError
+from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 
 from vgf_fast.data.dataset import ACTION_CLIP, ACTION_TOLERANCE, Dataset
-from vgf_fast.progress import progress_bar
-
-if TYPE_CHECKING:
-    from http.client import HTTPResponse
+from vgf_fast.data.download import download
 
 Arrays: TypeAlias = "dict[str, np.ndarray[Any, Any]]"
 
 DATASET_DIR_VARIABLE = "D4RL_DATASET_DIR"
 DEFAULT_DATASET_DIR = "~/.d4rl/datasets"
 SERVER = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
-DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
-CHUNK_BYTES = 2**20
 KEYS = ("observations", "actions", "rewards", "terminals")
 
 # Returns of a random and of an expert policy, between which a score is normalised to 0 and 100.
@@ -131,9 +124,10 @@ def load(
 
     Args:
         task: such as "hopper-medium-v2".
-        path: the HDF5 file, or a folder that has it; nothing is downloaded then. None: the folder in the environment
-            variable D4RL_DATASET_DIR, else "~/.d4rl/datasets", into which a missing file is downloaded.
-        url: address to download from instead of D4RL's server, such as a mirror's.
+        path: the HDF5 file, or a folder that has it; nothing is downloaded then, except from ``url``. None: the folder
+            in the environment variable D4RL_DATASET_DIR, else "~/.d4rl/datasets", into which a missing file is
+            downloaded.
+        url: address of the file to download instead of that on D4RL's server, such as a mirror's.
         normalize_reward: False leaves locomotion rewards as they are.
         device, dtype: of the transitions; the default device is the CPU.
         progress: whether a download shows a bar.
@@ -273,16 +267,24 @@ def read(file: Path) -> Arrays:
     return arrays
 
 
+def file_name(task: str) -> str:
+    """What D4RL calls a task's file. Raises ``ValueError`` for an unknown task."""
+    family(task)
+    return Path(urlsplit(URLS[task]).path).name
+
+
 def find(
     task: str, path: str | os.PathLike[str] | None = None, *, url: str | None = None, progress: bool = True
 ) -> Path:
     """The file of a task, downloaded if need be; arguments and errors as ``load``'s."""
-    name = Path(urlsplit(URLS[task]).path).name
+    name = file_name(task)
     if path is not None:
         given = Path(path).expanduser()
         for file in (given / name, given / f"{task}.hdf5", given):
             if file.is_file():
                 return file
+        if url is not None and given.suffix not in (".hdf5", ".h5"):
+            return download(url, given / name, progress=progress)
         expected = f"{given} to be a file" if not given.is_dir() else f"{name} or {task}.hdf5 in it"
         raise FileNotFoundError(f"{given} has no data of {task}: expected {expected}, from {url or URLS[task]}")
     folder = Path(os.environ.get(DATASET_DIR_VARIABLE) or DEFAULT_DATASET_DIR).expanduser()
@@ -290,52 +292,6 @@ def find(
         if file.is_file():
             return file
     return download(url or URLS[task], folder / name, progress=progress)
-
-
-def download(url: str, file: Path, progress: bool = True) -> Path:
-    """Download to ``file``, going on with what an interrupted download left beside it.
-
-    Raises ``ConnectionError`` when the server is away, or sends another number of bytes than it said.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    have = part.stat().st_size if part.is_file() else 0
-    advice = f"get {url} elsewhere and put it at {file}, or give its path or a mirror's address"
-    try:
-        answer, have = _request(url, have)
-        with answer:
-            length = answer.headers.get("Content-Length")
-            total = None if length is None else have + int(length)
-            with (
-                part.open("ab" if have else "wb") as out,
-                progress_bar(f"downloading {file.name}", -(-(total or 0) // CHUNK_BYTES), progress) as advance,
-            ):
-                advance(have // CHUNK_BYTES)
-                while chunk := answer.read(CHUNK_BYTES):
-                    out.write(chunk)
-                    advance()
-    except (URLError, ConnectionError, TimeoutError, OSError) as error:
-        raise ConnectionError(f"{url} could not be downloaded ({error}): {advice}") from error
-    size = part.stat().st_size
-    if total is not None and size != total:
-        if size > total:
-            part.unlink()
-        raise ConnectionError(f"{url} ended after {size} of {total} bytes: call again to go on, or {advice}")
-    os.replace(part, file)
-    return file
-
-
-def _request(url: str, have: int) -> tuple[HTTPResponse, int]:
-    """The answer, and how many of its file's bytes come before it: none if the server does not go on."""
-    request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        answer = urlopen(request, timeout=DOWNLOAD_TIMEOUT)
-    except HTTPError as error:
-        # 416: there is nothing after what we have, so it is another file's, or whole already.
-        if have and error.code == 416:
-            return urlopen(Request(url), timeout=DOWNLOAD_TIMEOUT), 0
-        raise
-    return answer, have if answer.status == 206 else 0
 
 
 def make_env(task: str) -> Any:

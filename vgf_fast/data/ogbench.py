@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from vgf_fast.data.dataset import Dataset
+from vgf_fast.data.download import DOWNLOAD_TIMEOUT, download
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,9 +37,6 @@ DATASET_TYPES = {
     "scene": ("play", "noisy"),
     "puzzle": ("play", "noisy"),
 }
-
-# Seconds without an answer after which a download has failed; Python's own default is to wait for ever.
-DOWNLOAD_TIMEOUT = 30.0
 
 
 class TaskData(NamedTuple):
@@ -69,8 +67,10 @@ def load(
     task: str,
     dataset_dir: str | os.PathLike[str] | None = None,
     *,
+    url: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    progress: bool = True,
 ) -> TaskData:
     """Load the training and validation transitions of a single-task OGBench task.
 
@@ -80,10 +80,12 @@ def load(
     Args:
         task: such as "cube-single-play-singletask-task2-v0"; without "-taskK" it is the environment's default task, and
             "-v0" may be left out.
-        dataset_dir: folder of `<data set>.npz` and `<data set>-val.npz`; nothing is downloaded into it. None: the
-            folder in the environment variable OGBENCH_DATASET_DIR, else "~/.ogbench/data", where OGBench downloads
-            what is missing.
+        dataset_dir: folder of `<data set>.npz` and `<data set>-val.npz`; nothing is downloaded into it, except from
+            `url`. None: the folder in the environment variable OGBENCH_DATASET_DIR, else "~/.ogbench/data", where
+            OGBench downloads what is missing.
+        url: address of a mirror's folder, from which missing files are downloaded instead.
         device, dtype: of the returned data sets; the default device is the CPU.
+        progress: whether a download from `url` shows a bar.
 
     Raises:
         ValueError: an unknown task, or a file that is damaged, empty or of another environment.
@@ -101,12 +103,16 @@ def load(
     if missing:
         if parsed.kind not in DATASET_TYPES.get(parsed.dataset.split("-")[0], ()):
             raise _unknown(task)
-        if dataset_dir is not None:
+        if url is not None:
+            for path in missing:
+                download(f"{url.rstrip('/')}/{path.name}", path, progress=progress)
+        elif dataset_dir is not None:
             raise FileNotFoundError(
                 f"{missing[0]} does not exist: generate it (vgf_fast.data.generate), or download it, or pass "
                 f"dataset_dir=None to let OGBench download it"
             )
-        _download(ogbench, parsed.dataset, folder, missing)
+        else:
+            _download(ogbench, parsed.dataset, folder, missing)
     with _quiet():
         environment = ogbench.make_env_and_datasets(parsed.name, env_only=True)
         try:

@@ -53,6 +53,7 @@ def load(
     dataset_dir: str | os.PathLike[str] | None = None,
     *,
     env: str | None = None,
+    url: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Task:
@@ -64,13 +65,20 @@ def load(
             path of a file of transitions (.npz, .hdf5, .h5, .parquet).
         dataset_dir: folder of the task's files, or a file; default is where the task's own library looks.
         env: Gymnasium environment to evaluate in, instead of the task's own; a file has none of its own.
+        url: address of a folder, such as a mirror's, from which missing files of OGBench and D4RL are downloaded.
         device, dtype: of the transitions; the default device is the CPU.
 
     Raises ``ValueError`` for an unknown name, and what the loaders raise.
     """
     evaluation = environment(name, dataset_dir, env=env)
+    if url is not None and (name.startswith(MINARI) or is_file(name)):
+        raise ValueError(
+            f"url is {url!r}, expected none for {name}: it is for OGBench and D4RL; Minari has MINARI_REMOTE"
+        )
     if name.startswith(D4RL):
-        data = d4rl.load(name.removeprefix(D4RL), dataset_dir, device=device, dtype=dtype)
+        task = name.removeprefix(D4RL)
+        address = None if url is None else f"{url.rstrip('/')}/{d4rl.file_name(task)}"
+        data = d4rl.load(task, dataset_dir, url=address, device=device, dtype=dtype)
         summary = ogbench.counts(data.train, name)
         if (data.reward_scale, data.reward_shift) != (1.0, 0.0):
             summary += f"\n  rewards are the file's times {data.reward_scale:.6g} plus {data.reward_shift:g}"
@@ -81,7 +89,7 @@ def load(
     if is_file(name):
         train = files.load(name, device=device, dtype=dtype, cache_dir=dataset_dir)
         return Task(name, train, evaluation, ogbench.counts(train, name))
-    train = ogbench.load(name, dataset_dir, device=device, dtype=dtype).train
+    train = ogbench.load(name, dataset_dir, url=url, device=device, dtype=dtype).train
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         summary = ogbench.summary(train, name)
