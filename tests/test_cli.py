@@ -168,6 +168,29 @@ def test_settings_override_one_another(data, tmp_path):
 # --- going on -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("selection", "behavior", "loss"),
+    [("softmax", "gaussian", "expectile"), ("random", "flow", "sql"), ("softmax", "flow", "td")],
+)
+@pytest.mark.parametrize("amortized", [False, True])
+def test_every_choice_is_reached_from_the_settings(data, tmp_path, selection, behavior, loss, amortized):
+    import vgf_fast as vgf
+
+    chosen = (
+        f"policy.selection={selection}", "policy.selection_temperature=0.5", f"policy.behavior={behavior}",
+        f"train.critic_loss={loss}", "train.expectile=0.7", f"policy.amortized={str(amortized).lower()}",
+    )  # fmt: skip
+    assert main([*train_arguments(data, tmp_path), *chosen]) == 0
+    learner = vgf.Learner.resume(tmp_path / "checkpoint")
+    config = learner.policy.config
+    assert (config.selection, config.behavior, config.amortized) == (selection, behavior, amortized)
+    assert (learner.config.critic_loss, learner.config.expectile, learner.step) == (loss, 0.7, STEPS)
+    rows = list(csv.DictReader((tmp_path / "train.csv").open()))
+    assert all(float(row[name]) == float(row[name]) for row in rows for name in ("critic_loss", "bc_loss"))
+    assert ("score_loss" in rows[0]) == amortized
+    assert len((tmp_path / "eval.csv").read_text().splitlines()) == 5
+
+
 def test_a_directory_with_a_run_is_refused(data, finished, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
