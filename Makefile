@@ -40,9 +40,10 @@ nsys ncu: $(READY)
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
+# The d4rl package asks for MuJoCo's old bindings; what the tests compare with needs none of it.
 $(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "installing into $(VENV): some minutes, this once"
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	# The d4rl package asks for MuJoCo's old bindings; what the tests compare with needs none of it.
 	$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt d4rl gym gym_notices
 	touch $@

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -88,3 +89,47 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
         assert name in names
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "vgf_fast").rglob("*.py")}
     assert sources <= set(names)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+class TestMakefile:
+    """What make would run, in a folder of its own; it runs nothing."""
+
+    TARGETS = ("demo", "test", "lint", "format", "gpu", "bench", "report", "nsys", "ncu")
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+            shutil.copy(ROOT / name, tmp_path)
+        return tmp_path
+
+    def commands(self, folder, *arguments):
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "MAKEFLAGS")}
+        done = subprocess.run(
+            ["make", "-n", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout.splitlines()
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_the_first_time_installs_and_the_second_does_not(self, folder, target):
+        first = self.commands(folder, target)
+        assert "python3 -m venv .venv" in first
+        assert any("pip install" in line and '-e ".[dev]"' in line for line in first)
+        ready = folder / ".venv" / ".ready"
+        ready.parent.mkdir()
+        ready.touch()
+        os.utime(folder / "pyproject.toml", (0, 0))
+        os.utime(folder / "constraints.txt", (0, 0))
+        second = self.commands(folder, target)
+        assert second == first[-len(second) :]
+        assert all(line.startswith(".venv/bin/python -m ") and "pip" not in line for line in second)
+        # New pins are installed.
+        (folder / "constraints.txt").touch()
+        os.utime(ready, (1, 1))
+        assert self.commands(folder, target) == first
+
+    @pytest.mark.parametrize("target", TARGETS)
+    def test_an_interpreter_is_used_as_it_is(self, folder, target):
+        commands = self.commands(folder, "PYTHON=python3", target)
+        assert commands
+        assert all(line.startswith("python3 -m ") and "pip" not in line and "venv" not in line for line in commands)
