@@ -441,6 +441,8 @@ class Learner:
         *,
         style: Style = "one_buffer",
         warm_up: int = 5000,
+        updates_per_step: int = 1,
+        buffer_size: int = 2_000_000,
         reward_scale: float = 1.0,
         reward_shift: float = 0.0,
         seed: int = 0,
@@ -455,8 +457,8 @@ class Learner:
         from vgf_fast.online import OnlineTraining
 
         training = OnlineTraining(
-            self, dataset, make_env, style=style, warm_up=warm_up, reward_scale=reward_scale,
-            reward_shift=reward_shift, seed=seed,
+            self, dataset, make_env, style=style, warm_up=warm_up, updates_per_step=updates_per_step,
+            buffer_size=buffer_size, reward_scale=reward_scale, reward_shift=reward_shift, seed=seed,
         )  # fmt: skip
         try:
             return training.run(steps, **options)
