@@ -153,8 +153,8 @@ def test_masks_and_rewards_of_what_is_met():
 def test_it_gets_better():
     learner = Learner(VGFPolicy(CONFIG, seed=0), TrainConfig(batch_size=32, discount=0.9, critic_learning_rate=3e-3))
     records = learner.finetune_online(
-        offline(), Line, 900, style="online_only", warm_up=50, buffer_size=1000, eval_interval=300, make_eval_env=Line, eval_episodes=20,
-        eval_flow_steps=(1,), progress=False,
+        offline(), Line, 900, style="online_only", warm_up=50, buffer_size=1000, eval_interval=300, make_eval_env=Line,
+        eval_episodes=20, eval_flow_steps=(1,), progress=False,
     )  # fmt: skip
     evaluated = [(record["step"], record["return/L=1"]) for record in records if "return/L=1" in record]
     assert [step for step, _ in evaluated] == [0, 300, 600, 900]
