@@ -47,16 +47,19 @@ def _budgets(steps: int, step_size: float, temperature: float) -> dict[str, Any]
 
 TASKS: dict[str, dict[str, Any]] = {
     "pointmaze": {
+        "online": ("success", "success, %", 100.0),
         "policy": {**NETWORKS, **_budgets(3, 0.1, 0.5), "target_q_aggregation": "mean"},
         "train": {"batch_size": 128, "discount": 0.99},
         "run": {"task": "pointmaze-medium-navigate-singletask-v0", "steps": 15000},
     },
     "cube-single": {
+        "online": ("success", "success, %", 100.0),
         "policy": {**NETWORKS, **_budgets(3, 0.05, 0.5), "target_q_aggregation": "mean"},
         "train": {"batch_size": 128, "discount": 0.99},
         "run": {"task": "cube-single-play-singletask-v0", "steps": 15000},
     },
     "halfcheetah": {
+        "online": ("normalized", "normalised score", 1.0),
         "policy": {**NETWORKS, **_budgets(3, 0.1, 0.1), "target_q_aggregation": "min"},
         "train": {"batch_size": 128, "discount": 0.99},
         "run": {"task": "d4rl/halfcheetah-medium-replay-v2", "steps": 15000},
@@ -115,15 +118,20 @@ def measure(name: str, data: Path, work: Path, seeds: Sequence[int]) -> dict[str
         methods[label] = _with_interval(scores)
     own = data_scores(name, data, metric)
     sections["run"].pop("dataset_dir")
+    fixed = sections["policy"]["train_budget"]["steps"]
+    differences = np.subtract(methods[f"L={fixed}"]["scores"], methods["L=0"]["scores"])
     return {
         **_facts(f"{name} --data DIR"), "task": name, "metric": metric,
         "seeds": list(seeds), "settings": sections, "trajectories": len(own),
         "data": {**_with_interval(own), "scores": []}, "methods": methods,
+        "fixed": fixed, "best": max(FLOW_STEPS, key=lambda steps: methods[f"L={steps}"]["mean"]),
+        "gain": _with_interval(differences.tolist()),
     }  # fmt: skip
 
 
 def measure_online(name: str, data: Path, work: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Take every seed's run online, if it is not yet, and return the record: scores against steps."""
+    kind, metric, factor = TASKS[name]["online"]
     scores: dict[int, dict[str, list[float]]] = {}
     for seed in seeds:
         out = work / f"{name}-online" / f"seed_{seed}"
@@ -135,11 +143,11 @@ def measure_online(name: str, data: Path, work: Path, seeds: Sequence[int]) -> d
         for line in (out / RECORDS).read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             for key, value in record.items():
-                kind, _, label = key.partition("/")
-                if label and kind == "normalized":
-                    scores.setdefault(record["step"], {}).setdefault(label, []).append(value)
+                found, _, label = key.partition("/")
+                if label and found == kind:
+                    scores.setdefault(record["step"], {}).setdefault(label, []).append(factor * value)
     return {
-        **_facts(f"{name} --online --data DIR"), "task": name, "metric": "normalised score", "seeds": list(seeds),
+        **_facts(f"{name} --online --data DIR"), "task": name, "metric": metric, "seeds": list(seeds),
         "settings": {**ONLINE, "offline": TASKS[name]},
         "scores": {
             str(step): {label: _with_interval(values) for label, values in by_label.items()}

@@ -196,6 +196,75 @@ def roofline(path: Path) -> str:
     return f"{table(header, rows)}\n\n{measured}{launch} {source}, from `python -m profiling.roofline`."
 
 
+def _score(found: dict[str, Any]) -> str:
+    return f"{found['mean']:.1f} ({found['low']:.1f} to {found['high']:.1f})"
+
+
+def _gain(found: dict[str, Any]) -> str:
+    sign = "+" if found["mean"] >= 0 else ""
+    return sign + _score(found)
+
+
+def learned(folder: Path) -> str:
+    """The flow against best-of-N, behaviour cloning and the data, a task a column, and where it does not win."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    found = [record for record in records if "methods" in record]
+    if not found:
+        return "Not yet measured."
+    rows: list[list[str]] = []
+    for name, make in (
+        ("the data's own trajectories", lambda one: _score(one["data"])),
+        ("behaviour cloning", lambda one: _score(one["methods"]["bc"])),
+        ("L = 0, best of N", lambda one: _score(one["methods"]["L=0"])),
+        ("VGF, L of the training", lambda one: f"L = {one['fixed']}: {_score(one['methods'][_label(one['fixed'])])}"),
+        (
+            "VGF, best L by these numbers",
+            lambda one: f"L = {one['best']}: {_score(one['methods'][_label(one['best'])])}",
+        ),
+        ("L of the training over L = 0, seed by seed", lambda one: _gain(one["gain"])),
+    ):
+        rows.append([name, *(make(one) for one in found)])
+    wins = {one["task"]: one["gain"]["low"] > 0 for one in found}
+    parts = []
+    if any(wins.values()):
+        parts.append(f"The flow of the training beats best of N in {_listed([t for t, won in wins.items() if won])}.")
+    if not all(wins.values()):
+        parts.append(f"It does not in {_listed([t for t, won in wins.items() if not won])}.")
+    seeds = len(found[0]["seeds"])
+    episodes = found[0]["settings"]["run"]["eval_episodes"]
+    about = f"{seeds} seeds of {episodes} episodes, 95 % intervals over seeds, those of the data over trajectories."
+    files = ", ".join(f"`{(folder / one['task']).relative_to(REPOSITORY)}.json`" for one in found)
+    source = f"Records: {files}, from `python -m profiling.learning TASK --data DIR`."
+    header = ["", *(f"{one['task']}, {one['metric']}" for one in found)]
+    return f"{table(header, rows)}\n\n{' '.join(parts)} {about} {source}"
+
+
+def _label(steps: int) -> str:
+    return f"L={steps}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def online(folder: Path) -> str:
+    """Scores against steps in the simulator, for the runs that were taken online."""
+    parts = []
+    for path in sorted(folder.glob("*-online.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        labels = list(next(iter(record["scores"].values())))
+        header = [f"{record['task']}, steps in the simulator", *(f"{label}, {record['metric']}" for label in labels)]
+        rows = [
+            [f"{int(step):,}", *(_score(by_label[label]) for label in labels)]
+            for step, by_label in record["scores"].items()
+        ]
+        about = f"{len(record['seeds'])} seeds, 95 % intervals over seeds."
+        parts.append(
+            f"{table(header, rows)}\n\n{about} Record: `{path.relative_to(REPOSITORY)}`, from `{record['command']}`."
+        )
+    return "\n\n".join(parts) or "Not yet measured."
+
+
 def gpu() -> str:
     """All of a GPU, as far as there are records."""
     parts = [times(RESULTS / "gpu.jsonl"), operations(RESULTS / "gpu.jsonl"), roofline(RESULTS / "roofline-cuda.json")]
@@ -251,6 +320,8 @@ def draw(check: bool) -> bool:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "learning": lambda: learned(RESULTS / "learning"),
+    "online": lambda: online(RESULTS / "learning"),
     "cpu": lambda: times(RESULTS / "cpu.jsonl"),
     "gpu": gpu,
     "launches": launches,
