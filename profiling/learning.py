@@ -28,9 +28,8 @@ from vgf_fast.finetune import RECORDS, finetune
 RESULTS = machine.REPOSITORY / "profiling" / "results" / "learning"
 SEEDS = (0, 1, 2)
 FLOW_STEPS = [0, 1, 2, 3, 5]
-EPISODES = 50
 NETWORKS: dict[str, Any] = {
-    "hidden_dims": [128, 128], "behavior_hidden_dims": [128, 128], "particles": 8, "behavior_steps": 5,
+    "hidden_dims": [128, 128], "behavior_hidden_dims": [128, 128], "particles": 5, "behavior_steps": 5,
 }  # fmt: skip
 
 
@@ -45,24 +44,29 @@ def _budgets(steps: int, step_size: float, temperature: float) -> dict[str, Any]
     return {"train_budget": budget, "test_budget": budget}
 
 
+TRAIN: dict[str, Any] = {
+    "batch_size": 128, "discount": 0.99, "critic_learning_rate": 1e-3, "behavior_learning_rate": 1e-3,
+}  # fmt: skip
+
+
 TASKS: dict[str, dict[str, Any]] = {
     "pointmaze": {
         "online": ("success", "success, %", 100.0),
         "policy": {**NETWORKS, **_budgets(3, 0.1, 0.5), "target_q_aggregation": "mean"},
-        "train": {"batch_size": 128, "discount": 0.99},
-        "run": {"task": "pointmaze-medium-navigate-singletask-v0", "steps": 15000},
+        "train": {**TRAIN, "tau": 0.05},
+        "run": {"task": "pointmaze-medium-navigate-singletask-v0", "steps": 5000, "eval_episodes": 25},
     },
     "cube-single": {
         "online": ("success", "success, %", 100.0),
         "policy": {**NETWORKS, **_budgets(3, 0.05, 0.5), "target_q_aggregation": "mean"},
-        "train": {"batch_size": 128, "discount": 0.99},
-        "run": {"task": "cube-single-play-singletask-v0", "steps": 15000},
+        "train": {**TRAIN, "tau": 0.02},
+        "run": {"task": "cube-single-play-singletask-v0", "steps": 8000, "eval_episodes": 25},
     },
     "halfcheetah": {
         "online": ("normalized", "normalised score", 1.0),
-        "policy": {**NETWORKS, **_budgets(3, 0.1, 0.1), "target_q_aggregation": "min"},
-        "train": {"batch_size": 128, "discount": 0.99},
-        "run": {"task": "d4rl/halfcheetah-medium-replay-v2", "steps": 15000},
+        "policy": {**NETWORKS, **_budgets(3, 0.05, 0.1), "target_q_aggregation": "min"},
+        "train": {**TRAIN, "tau": 0.02},
+        "run": {"task": "d4rl/halfcheetah-medium-replay-v2", "steps": 5000, "eval_episodes": 10},
     },
 }
 
@@ -81,7 +85,7 @@ def settings(name: str, data: Path) -> dict[str, dict[str, Any]]:
     """The sections of a task."""
     task = TASKS[name]
     run = {
-        **task["run"], "dataset_dir": str(data), "eval_interval": task["run"]["steps"], "eval_episodes": EPISODES,
+        **task["run"], "dataset_dir": str(data), "eval_interval": task["run"]["steps"], "eval_num_envs": 25,
         "eval_flow_steps": FLOW_STEPS, "eval_behavior_cloning": True, "checkpoint_interval": 1000, "log_interval": 500,
         "tensorboard": False, "device": "cpu",
     }  # fmt: skip

@@ -230,9 +230,10 @@ def learned(folder: Path) -> str:
         parts.append(f"The flow of the training beats best of N in {_listed([t for t, won in wins.items() if won])}.")
     if not all(wins.values()):
         parts.append(f"It does not in {_listed([t for t, won in wins.items() if not won])}.")
-    seeds = len(found[0]["seeds"])
-    episodes = found[0]["settings"]["run"]["eval_episodes"]
-    about = f"{seeds} seeds of {episodes} episodes, 95 % intervals over seeds, those of the data over trajectories."
+    rows.append(
+        ["seeds, episodes each", *(f"{len(o['seeds'])}, {o['settings']['run']['eval_episodes']}" for o in found)]
+    )
+    about = "95 % intervals over seeds, those of the data over its trajectories."
     files = ", ".join(f"`{(folder / one['task']).relative_to(REPOSITORY)}.json`" for one in found)
     source = f"Records: {files}, from `python -m profiling.learning TASK --data DIR`."
     header = ["", *(f"{one['task']}, {one['metric']}" for one in found)]

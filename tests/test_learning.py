@@ -66,13 +66,12 @@ def small(monkeypatch):
     task = {
         "policy": {**tiny, **learning._budgets(1, 0.1, 0.1)},
         "train": {"batch_size": 4},
-        "run": {"task": TASK, "steps": 4},
+        "run": {"task": TASK, "steps": 4, "eval_episodes": 2},
         "online": learning.TASKS["halfcheetah"]["online"],
     }
     online = {**learning.ONLINE, "steps": 8, "warm_up": 2, "buffer_size": 50, "eval_interval": 4, "eval_episodes": 2}
     monkeypatch.setitem(learning.TASKS, "halfcheetah", task)
     monkeypatch.setattr(learning, "ONLINE", {**online, "eval_flow_steps": [0, 1]})
-    monkeypatch.setattr(learning, "EPISODES", 2)
     monkeypatch.setattr(learning, "FLOW_STEPS", [0, 1])
     real = d4rl.make_env
     monkeypatch.setattr(d4rl, "make_env", lambda task: gymnasium.wrappers.TimeLimit(real(task), 5))
@@ -157,7 +156,7 @@ def test_the_table_says_where_the_flow_does_not_win(tmp_path, monkeypatch):
     assert "| VGF, best L by these numbers | L = 5: 6.0 (5.0 to 7.0) |" in text
     assert "| +2.0 (1.0 to 3.0) | -3.0 (-4.0 to -2.0) | +0.5 (-0.5 to 1.5) |" in text
     assert "beats best of N in one. It does not in three and two." in text
-    assert "3 seeds of 25 episodes" in text
+    assert "| seeds, episodes each | 3, 25 | 3, 25 | 3, 25 |" in text
     scores = {str(step): {"L=3": {"mean": step, "low": 0.0, "high": 9.0, "scores": [step]}} for step in (0, 5000)}
     online = {"task": "one", "metric": "success, %", "seeds": [0], "command": "python -m it", "scores": scores}
     (tmp_path / "one-online.json").write_text(json.dumps(online))
