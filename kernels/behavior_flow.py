@@ -157,6 +157,10 @@ def behavior_flow(
     check_rows(mlp, observations, x if noise is None else noise, "noise")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps!r}, expected an integer >= 1")
+    if seed is not None:
+        launch.check_shape("seed", seed, (1,), "one number")
+        launch.check_dtype("seed", seed, (torch.int64,))
+        launch.check_same_device("seed", seed, "observations", observations.device)
     precision = precision or launch.precision(mlp.dtype)
     if x.numel() == 0:
         return x

@@ -197,6 +197,8 @@ def check_rows(mlp: PackedMLP, observations: Tensor, rows: Tensor, name: str) ->
     )
     if not 1 <= rows.shape[1] <= launch.MAX_PARTICLES:
         raise ValueError(f"{name} has {rows.shape[1]} particles a state, expected 1 to {launch.MAX_PARTICLES}")
+    if mlp.action_dim > launch.MAX_ACTION_DIM:
+        raise ValueError(f"{name} has {mlp.action_dim} columns, expected at most {launch.MAX_ACTION_DIM}")
     if mlp.padded_width > launch.MAX_WIDTH:
         raise ValueError(
             f"the widest hidden layer takes {mlp.padded_width} columns, expected {launch.MAX_WIDTH} or less"
@@ -329,6 +331,7 @@ def values_and_score(
     ``precision`` is that of float32 products: "tf32" (the default on a GPU) or "ieee". Three launches.
     Raises ``ValueError`` naming the argument that is wrong.
     """
+    launch.check_choice("q_aggregation", q_aggregation, launch.AGGREGATIONS)
     q, g = member_values_and_gradients(mlp, observations, actions, True, precision, config)
     assert g is not None
     score = torch.empty(actions.shape, dtype=torch.float32, device=actions.device)

@@ -241,6 +241,26 @@ class FlowOutput(NamedTuple):
     chosen_index: Tensor | None  # [B] int64, of ``Select``
 
 
+def _check_epilogue(epilogue: Select | TDTarget, batch: int, device: torch.device) -> None:
+    """Raise ``ValueError`` naming what is wrong of it, for ``batch`` states on a device."""
+    launch.check_choice("epilogue.q_aggregation", epilogue.q_aggregation, launch.AGGREGATIONS)
+    if isinstance(epilogue, TDTarget):
+        launch.check_choice("epilogue.reduce", epilogue.reduce, launch.REDUCTIONS)
+        for name, tensor in (("rewards", epilogue.rewards), ("masks", epilogue.masks)):
+            launch.check_shape(name, tensor, (batch,), "one number a state")
+            launch.check_dtype(name, tensor, launch.SIGNAL_DTYPES)
+            launch.check_same_device(name, tensor, "particles", device)
+        return
+    launch.check_choice("epilogue.mode", epilogue.mode, launch.SELECTIONS)
+    launch.check_positive("epilogue.temperature", epilogue.temperature)
+    if epilogue.mode != "max":
+        if epilogue.uniform is None:
+            raise ValueError(f"uniform is None, expected one number a state: mode={epilogue.mode!r}")
+        launch.check_shape("uniform", epilogue.uniform, (batch,), "one number a state")
+        launch.check_dtype("uniform", epilogue.uniform, (torch.float32,))
+        launch.check_same_device("uniform", epilogue.uniform, "particles", device)
+
+
 def value_gradient_flow(
     mlp: PackedMLP,
     observations: Tensor,
@@ -276,17 +296,15 @@ def value_gradient_flow(
                     f"evaluator has weights of shape {tuple(theirs.shape)} and dtype {theirs.dtype} where mlp has "
                     f"{tuple(ours.shape)} and {ours.dtype}, expected the same"
                 )
+    launch.check_choice("q_aggregation", q_aggregation, launch.AGGREGATIONS)
+    launch.check_choice("optimizer", optimizer, launch.OPTIMIZERS)
+    launch.check_positive("temperature", temperature)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps is {steps!r}, expected an integer >= 0")
     batch, n, width = particles.shape
     members, device = mlp.members, particles.device
-    if isinstance(epilogue, TDTarget):
-        for name, tensor in (("rewards", epilogue.rewards), ("masks", epilogue.masks)):
-            launch.check_shape(name, tensor, (batch,), "one number a state")
-            launch.check_same_device(name, tensor, "particles", device)
-    elif epilogue is not None and epilogue.mode != "max":
-        if epilogue.uniform is None:
-            raise ValueError(f"uniform is None, expected one number a state: mode={epilogue.mode!r}")
-        launch.check_shape("uniform", epilogue.uniform, (batch,), "one number a state")
-        launch.check_same_device("uniform", epilogue.uniform, "particles", device)
+    if epilogue is not None:
+        _check_epilogue(epilogue, batch, device)
     precision = precision or launch.precision(mlp.dtype)
     evaluate = evaluate or epilogue is not None
     evaluator = evaluator or mlp
@@ -351,7 +369,7 @@ def value_gradient_flow(
                     weights.widths,
                     scratch,
                     counter,
-                    unused if select.uniform is None else select.uniform.to(torch.float32).contiguous(),
+                    unused if select.uniform is None else select.uniform.contiguous(),
                     unused if td is None else td.rewards,
                     unused if td is None else td.masks,
                     unused if chosen is None or ending is None else chosen,

@@ -18,7 +18,13 @@ MAX_ACTION_DIM = 64
 MAX_WIDTH = 1024  # padded, of the kernels that hold whole rows of a hidden layer in registers
 MAX_ACTING_STATES = 16  # of the kernel of a whole action
 MAX_CANDIDATES = 4096  # particles of one state among which a selection kernel chooses
+MAX_NEAREST = 32  # tokens of a query
 PARTICLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIGNAL_DTYPES = (*PARTICLE_DTYPES, torch.float64, torch.bool)  # of rewards and masks
+AGGREGATIONS = ("mean", "min")  # over members
+REDUCTIONS = ("mean", "max")  # over particles
+OPTIMIZERS = ("adam", "ascent")  # of particles
+SELECTIONS = ("max", "softmax", "random")
 
 
 def padded(size: int) -> int:
@@ -306,6 +312,135 @@ def processors(device: torch.device) -> int:
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@dataclass(frozen=True)
+class NormsLaunch:
+    """Configuration of the kernel of squared norms: one program a block of rows."""
+
+    block_n: int  # rows
+    block_d: int  # of the sums
+    num_warps: int
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the launch."""
+        return {"BLOCK_N": self.block_n, "BLOCK_D": self.block_d, "num_warps": self.num_warps}
+
+
+@functools.cache
+def squared_norms(width: int) -> NormsLaunch:
+    """Configuration for rows of ``width`` columns."""
+    return NormsLaunch(16, min(max(padded(width), 16), 256), 4)
+
+
+@dataclass(frozen=True)
+class NearestLaunch:
+    """Configuration of the kernel of the nearest tokens: one program a block of rows and a part of the vocabulary."""
+
+    block_m: int  # rows
+    block_n: int  # tokens of a tile
+    block_k: int  # of the sums of the product
+    num_warps: int
+    num_stages: int
+    width: int  # tokens of a row's list
+    tokens: int  # of a part of the vocabulary
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "WIDTH": self.width,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+MAX_LISTED = 4096  # tokens of a query's lists, which one program merges
+
+
+@functools.cache
+def nearest_token(
+    rows: int, vocabulary: int, k: int, dtype: torch.dtype, processors: int, amd: bool = False
+) -> NearestLaunch:
+    """Configuration for ``k`` tokens, of 1 to ``MAX_NEAREST``, of each of so many rows, multiplied in a dtype.
+
+    Lists hold a few tokens more than ``k``: the product's rounding may mistake the order of the last ones. As many
+    parts of the vocabulary as fill the processors, each of a tile at least.
+    """
+    width = padded(k + max(3, k // 4))
+    narrow = dtype.itemsize == 2
+    block_m = 16 if rows <= 16 else 64 if rows <= 64 or width > 16 else 128
+    block_n = 256 if narrow and block_m == 128 else 128
+    block_k = 64 if narrow else 32
+    num_warps = 8 if block_m == 128 else 4
+    blocks = -(-rows // block_m)
+    # A tile of few rows does not keep a processor busy by itself.
+    parts = min(max((2 if block_m == 16 else 1) * processors // blocks, 1), MAX_LISTED // width)
+    tiles = -(-vocabulary // block_n)
+    return NearestLaunch(block_m, block_n, block_k, num_warps, 2 if amd else 3, width, -(-tiles // parts) * block_n)
+
+
+@dataclass(frozen=True)
+class MergeLaunch:
+    """Configuration of the kernel that merges a row's lists of nearest tokens: one program a row."""
+
+    width: int  # tokens scored anew
+    block_l: int  # tokens of all lists, padded
+    block_d: int  # of the sums
+    num_warps: int
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of the launch."""
+        return {
+            "WIDTH": self.width,
+            "BLOCK_L": self.block_l,
+            "BLOCK_D": self.block_d,
+            "num_warps": self.num_warps,
+        }
+
+
+@functools.cache
+def nearest_merge(parts: int, width: int) -> MergeLaunch:
+    """Configuration for a list of ``width`` tokens of each of so many parts of the vocabulary."""
+    return MergeLaunch(width, padded(parts * width), 2048 // width if width > 16 else 128, 4)
+
+
+TOKEN_FLOW_CHUNK = 512  # dimensions whose squares are summed by themselves
+TOKEN_FLOW_DISTANCES = 2**22  # of all programs together, at most
+
+
+@dataclass(frozen=True)
+class TokenFlowLaunch:
+    """Configuration of the SVGD kernels of few particles in very many dimensions."""
+
+    step: SvgdLaunch
+    span: int  # dimensions of a program
+
+    def distance_options(self) -> dict[str, int]:
+        """Keyword arguments of the launch that sums distances."""
+        options = self.step.options()
+        return {name: options[name] for name in ("BLOCK_N", "UNROLL", "PAIRED", "num_warps")}
+
+    def direction_options(self) -> dict[str, int]:
+        """Keyword arguments of the launch that computes the direction."""
+        options = self.step.options()
+        return {name: options[name] for name in ("BLOCK_N", "BLOCK_C", "PAIRED", "num_warps")}
+
+
+@functools.cache
+def token_flow(particles: int, dimensions: int, processors: int, amd: bool = False) -> TokenFlowLaunch:
+    """Configuration for so many particles, from 1 to ``MAX_PARTICLES``, and dimensions.
+
+    Small tiles take many programs a processor; every program finds the median for itself, so none is too short.
+    """
+    step = svgd(particles, amd)
+    programs = processors * max(16 // step.num_warps, 1)
+    programs = min(programs, max(TOKEN_FLOW_DISTANCES // particles**2, 1))
+    # A multiple of the columns that are summed at a time.
+    span = -(-dimensions // programs)
+    return TokenFlowLaunch(step, max(-(-span // 64) * 64, 256))
+
+
 AGGREGATE_BLOCK, AGGREGATE_WARPS = 512, 4  # values a program of the elementwise reduction over members
 ACTION_BLOCK = 16  # action columns copied at a time by the selection
 
@@ -365,6 +500,18 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str)
     """Raise ``ValueError`` if the tensor's shape is not ``shape``, which ``meaning`` explains."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}: {meaning}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` if the value is none of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected {' or '.join(map(repr, choices))}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless the value is a number > 0."""
+    if not value > 0.0:
+        raise ValueError(f"{name} is {value!r}, expected a number > 0")
 
 
 def check_span(name: str, tensor: Tensor) -> None:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from . import launch
 
-VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIGNAL_DTYPES = (*VALUE_DTYPES, torch.float64, torch.bool)
+VALUE_DTYPES = launch.PARTICLE_DTYPES
 
 
 # --- device helpers --------------------------------------------------------------------------------------------------
@@ -358,6 +357,6 @@ def td_target(
         raise ValueError(f"reduce is {reduce!r}, expected 'mean' or 'max'")
     for name, tensor in (("rewards", rewards), ("masks", masks)):
         launch.check_shape(name, tensor, q.shape[1:2], "one number a state")
-        launch.check_dtype(name, tensor, SIGNAL_DTYPES)
+        launch.check_dtype(name, tensor, launch.SIGNAL_DTYPES)
         launch.check_same_device(name, tensor, "q", q.device)
     return _td_target(q, rewards, masks, float(discount), aggregation, reduce)

@@ -7,6 +7,8 @@ disk before the next part begins. Needs torch, triton, numpy, safetensors and py
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -21,6 +23,11 @@ from profiling.bench import BACKEND_METHODS, COMPILE_METHODS, METHODS, say
 
 TOTAL_SECONDS = 520.0
 TEST_SECONDS = 180.0
+MARKED_SECONDS = 120.0
+# After this a part that was asked to end is ended.
+GRACE_SECONDS = 10.0
+# Side by side tests wait for the compiler on as many cores; each process takes about half a GiB of the GPU.
+TEST_PROCESSES = 8
 RECORDS_FILE = "gpu.jsonl"
 # The compiler needs minutes, so what it does not take part in comes first.
 WITHOUT_COMPILER = [method for method in METHODS if method not in COMPILE_METHODS.values()]
@@ -56,15 +63,29 @@ def gpu_tests() -> tuple[list[str], list[str]]:
         if "mark.gpu" in path.read_text(encoding="utf-8"):
             marked.append(name)
         # Compiling for other architectures needs no GPU, and takes minutes.
-        elif path.name.startswith("test_kernel") and path.name != "test_kernel_compile.py":
+        if path.name.startswith("test_kernel") and path.name != "test_kernel_compile.py":
             kernels.append(name)
     return kernels, marked
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a command and all it started: it is interrupted, so that tests say what has failed so far, then killed."""
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(timeout=GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        # What it started may outlive it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def run(command: list[str], seconds: float, log: Path | None = None) -> int | None:
     """Exit status of a command, or None when it ran out of time; its output goes to the terminal, or to ``log``.
 
-    The command and all it started end with the time limit.
+    The command and all it started end with the time limit, and a few seconds for its last words.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONUNBUFFERED"] = "1"
@@ -85,8 +106,7 @@ def run(command: list[str], seconds: float, log: Path | None = None) -> int | No
             return None
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                end(process)
     finally:
         if output is not None and beside is not None and log is not None:
             output.close()
@@ -96,18 +116,21 @@ def run(command: list[str], seconds: float, log: Path | None = None) -> int | No
 def run_tests(results: Path, deadline: float) -> bool:
     """Run the tests that apply, their output in ``results``; whether none failed."""
     kernels, marked = gpu_tests()
+    common = ["-v", "--tb=short", "--continue-on-collection-errors"]
+    if importlib.util.find_spec("xdist") is not None:
+        common += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
     passed = True
-    for name, files, options in (("marked", marked, ["-m", "gpu"]), ("kernels", kernels, [])):
-        if not files:
-            continue
+    for name, files, marks, seconds in (
+        ("marked", marked, "gpu", MARKED_SECONDS),
+        ("kernels", kernels, "not gpu", TEST_SECONDS),
+    ):
         log = results / f"tests-{name}.txt"
-        command = [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", *options, *files]
-        status = run(command, deadline - time.monotonic(), log)
+        command = [sys.executable, "-m", "pytest", *common, "-m", marks, *files]
+        status = run(command, min(seconds, deadline - time.monotonic()), log)
         lines = log.read_text(encoding="utf-8").strip().splitlines()
-        summary = "out of time" if status is None else lines[-1] if lines else f"exit status {status}"
-        say(f"tests, {name}: {summary} ({log})")
-        # 5 is pytest's word for no tests collected.
-        passed = passed and status in (0, 5)
+        summary = lines[-1].strip("= ") if lines else f"exit status {status}"
+        say(f"tests, {name}: {'out of time; ' if status is None else ''}{summary} ({log})")
+        passed = passed and status == 0
     return passed
 
 

@@ -163,4 +163,6 @@ def test_sanitizer(tool, request):
     script = SANITIZED.format(tests=str(request.path.parent))
     command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", script]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    if "Device not supported" in result.stdout + result.stderr:
+        pytest.skip("compute-sanitizer does not support this device")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

@@ -3,8 +3,10 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -244,10 +246,59 @@ def test_a_part_of_the_gpu_run_ends_with_its_time_limit(tmp_path):
 
     log = tmp_path / "log.txt"
     assert gpu.run([sys.executable, "-c", "import time; print('begun'); time.sleep(600)"], 1.0, log) is None
-    assert log.read_text() == "begun\n"
+    assert log.read_text().startswith("begun\n")
     assert gpu.run([sys.executable, "-c", "print('done'); raise SystemExit(3)"], 600.0, log) == 3
     assert log.read_text() == "done\n"
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
+def ended_after(command, sign, log):
+    """What a command wrote that the GPU run ended once it had written ``sign``."""
+    from profiling import gpu
+
+    with log.open("w") as file:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
+        while sign not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        gpu.end(process)
+    assert process.poll() is not None
+    return log.read_text()
+
+
+def test_a_part_that_will_not_end_is_killed_with_what_it_started(tmp_path, monkeypatch):
+    from profiling import gpu
+
+    monkeypatch.setattr(gpu, "GRACE_SECONDS", 1.0)
+    deaf = "import os, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(os.getpid())"
+    child = f"{deaf}; print('begun'); time.sleep(600)"
+    program = f"{deaf}; import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    pids = ended_after([sys.executable, "-c", program], "begun", tmp_path / "log.txt").split()[:2]
+    for pid in map(int, pids):
+        # The child is nobody's to wait for: it may be a zombie for a moment.
+        state = Path(f"/proc/{pid}/stat")
+        assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] in "ZX"
+
+
+def test_a_test_run_cut_short_says_what_has_failed(tmp_path):
+    (tmp_path / "test_slow.py").write_text(
+        "import time\ndef test_wrong(): assert 1 + 1 == 3\n"
+        "def test_slow(capsys):\n    with capsys.disabled(): print('begun')\n    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path]
+    assert "assert (1 + 1) == 3" in ended_after(list(map(str, command)), "begun", tmp_path / "log.txt")
+
+
+def test_every_test_of_a_kernel_runs_on_a_gpu():
+    from profiling import gpu
+
+    kernels, marked = gpu.gpu_tests()
+    assert {"tests/test_kernel_acting.py", "tests/test_kernel_flow_step.py"} <= set(kernels)
+    assert {"tests/test_kernel_acting.py", "tests/test_gpu.py", "tests/test_graphs.py"} <= set(marked)
+    assert "tests/test_kernel_compile.py" not in kernels
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
