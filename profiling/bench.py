@@ -234,21 +234,36 @@ def start(plan: Plan, stack: contextlib.ExitStack) -> list[Worker]:
     return workers
 
 
+def _progress_bar(label: str, total: int) -> contextlib.AbstractContextManager[Any]:
+    """``vgf_fast.progress.progress_bar``, without the package around it, which would import torch here."""
+    path = machine.REPOSITORY / "vgf_fast" / "progress.py"
+    spec = importlib.util.spec_from_file_location("profiling_progress", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    bar: contextlib.AbstractContextManager[Any] = module.progress_bar(label, total)
+    return bar
+
+
 def take_turns(
     workers: list[Worker], benchmark: str, rounds: int, warm_up: int, untimed: int, seconds: float
 ) -> dict[str, list[float]]:
     """Seconds of every method's call in every round; each round begins with another method."""
     begin = time.perf_counter()
-    for worker in workers:
-        for _ in range(warm_up):
-            worker.call(benchmark)
     times: dict[str, list[float]] = {worker.method: [] for worker in workers}
-    for index in range(rounds):
-        if index and time.perf_counter() - begin > seconds:
-            break
-        for turn in range(len(workers)):
-            worker = workers[(index + turn) % len(workers)]
-            times[worker.method].append(worker.call(benchmark, untimed))
+    with _progress_bar(f"{benchmark}, rounds", warm_up + rounds) as advance:
+        for _ in range(warm_up):
+            for worker in workers:
+                worker.call(benchmark)
+            advance()
+        for index in range(rounds):
+            if index and time.perf_counter() - begin > seconds:
+                break
+            for turn in range(len(workers)):
+                worker = workers[(index + turn) % len(workers)]
+                times[worker.method].append(worker.call(benchmark, untimed))
+            advance()
     return times
 
 
@@ -276,6 +291,8 @@ def measure(plan: Plan, kind: str, benchmark: str) -> list[Record]:
             "date": date,
             "benchmark": f"memory {benchmark}" if memory_only else benchmark,
             "driver": machine.gpu_driver() if plan.device == "cuda" else None,
+            "clocks": machine.gpu_clocks() if plan.device == "cuda" else None,
+            "timer": None if memory_only else "perf_counter",
             "load_average": load,
             "python": platform.python_version(),
             "commit": machine.git_commit(),

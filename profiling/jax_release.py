@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from profiling import machine
-from profiling.worker import Array, Job, Method, serve
+from profiling.worker import Array, Job, Method, random_weights, serve
 
 
 class JaxRelease(Method):
@@ -48,8 +48,27 @@ class JaxRelease(Method):
         config.vgf_alpha = 0.1
         observations = np.zeros((1, sizes.observation_dim), np.float32)
         actions = np.zeros((1, sizes.action_dim), np.float32)
-        self.agent = release.VGFAgent.create(job.seed, observations, actions, config)
+        self.agent = self._with_weights(release.VGFAgent.create(job.seed, observations, actions, config), job)
         self.key = jax.random.PRNGKey(job.seed)
+
+    def _with_weights(self, agent: Any, job: Job) -> Any:
+        """The agent with the weights that every method of the run begins with."""
+        trees: dict[str, Any] = {}
+        for name, array in random_weights(job.sizes, job.seed).items():
+            *path, leaf = name.split("/")
+            tree = trees
+            for part in path:
+                tree = tree.setdefault(part, {})
+            tree[leaf] = self.jax.device_put(array)
+        parts = {"critic": "critic", "target_critic": "critic", "actor_bc": "bc"}
+        states = {}
+        for part, network in parts.items():
+            state = getattr(agent, part)
+            shapes, expected = (self.jax.tree_util.tree_map(np.shape, tree) for tree in (trees[network], state.params))
+            if shapes != expected:
+                raise ValueError(f"the release's {part} has parameters {expected}, expected {shapes}")
+            states[part] = state.replace(params=trees[network])
+        return agent.replace(**states)
 
     def facts(self) -> dict[str, Any]:
         """See ``Method.facts``."""

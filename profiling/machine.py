@@ -92,10 +92,13 @@ def git_commit() -> str | None:
 
 
 def git_dirty() -> bool | None:
-    """Whether files differ from the commit, or None where that cannot be told."""
+    """Whether what is measured differs from the commit, or None where that cannot be told; records themselves do not
+    count.
+    """
     if git_commit() is None:
         return None
-    return bool(_output(["git", "status", "--porcelain"]).strip())
+    measured = ["vgf_fast", "kernels", "profiling", "pyproject.toml", ":(exclude)profiling/results"]
+    return bool(_output(["git", "status", "--porcelain", "--", *measured]).strip())
 
 
 def _output(command: list[str]) -> str:

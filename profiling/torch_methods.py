@@ -10,9 +10,10 @@ from torch import Tensor
 from profiling import machine
 from profiling.compiled import CompiledAgent
 from profiling.eager import EagerAgent
-from profiling.worker import Array, Job, Method, Sizes, serve
+from profiling.worker import Array, Job, Method, Sizes, random_weights, serve
 from vgf_fast import Learner, TrainConfig, TransportBudget, VGFConfig, VGFPolicy
 from vgf_fast.functional import Backend
+from vgf_fast.reference_checkpoint import load_mlp
 
 
 def configurations(sizes: Sizes, precision: str = "float32") -> tuple[VGFConfig, TrainConfig]:
@@ -31,6 +32,16 @@ def configurations(sizes: Sizes, precision: str = "float32") -> tuple[VGFConfig,
         test_budget=budget,
     )
     return policy, TrainConfig(batch_size=sizes.batch, precision="bfloat16" if precision == "bfloat16" else "float32")
+
+
+def make_policy(job: Job, config: VGFConfig, device: torch.device, backend: Backend = "auto") -> VGFPolicy:
+    """A policy with the weights that every method of the run begins with."""
+    policy = VGFPolicy(config, device=device, backend=backend)
+    arrays = random_weights(job.sizes, job.seed)
+    load_mlp(policy.critic, arrays, "critic")
+    load_mlp(policy.behavior, arrays, "bc")
+    policy.target_critic.load_state_dict(policy.critic.state_dict())
+    return policy
 
 
 class TorchMethod(Method):
@@ -86,8 +97,8 @@ class Ours(TorchMethod):
         super().__init__(job)
         self.dtype = precision
         config, train = configurations(job.sizes, precision)
-        self.learner = Learner(VGFPolicy(config, device=self.device, backend=backend), train)
-        self.acting = VGFPolicy(config, device=self.device, backend=backend).to(getattr(torch, precision))
+        self.learner = Learner(make_policy(job, config, self.device, backend), train)
+        self.acting = make_policy(job, config, self.device, backend).to(getattr(torch, precision))
 
     def update(self, batch: dict[str, Tensor]) -> Any:
         """See ``Method.update``."""
@@ -105,7 +116,7 @@ class Baseline(TorchMethod):
         super().__init__(job)
         self.dtype = precision
         config, train = configurations(job.sizes)
-        policy = VGFPolicy(config, device=self.device)
+        policy = make_policy(job, config, self.device)
         self.agent = EagerAgent(policy, train)
         if compiled:
             cuda_graphs = self.device.type == "cuda"

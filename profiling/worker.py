@@ -102,6 +102,30 @@ def random_batch(sizes: Sizes, rng: np.random.Generator) -> dict[str, Array]:
     }
 
 
+def random_weights(sizes: Sizes, seed: int) -> dict[str, Array]:
+    """The weights every method of a run begins with, under the release's flat names: of its "critic" and its "bc".
+
+    critic/value_net/Dense_i/kernel [E, in, out] and bias [E, out], critic/value_net/LayerNorm_i/scale and bias [E, H];
+    bc/mlp/Dense_i/kernel [in, out] and bias [out].
+    """
+    rng = np.random.default_rng(seed)
+    width = sizes.observation_dim + sizes.action_dim
+    hidden = [sizes.hidden] * sizes.layers
+    arrays: dict[str, Array] = {}
+    for name, lead, into, out in (
+        ("critic/value_net", (sizes.members,), width, 1),
+        ("bc/mlp", (), width + 1, sizes.action_dim),
+    ):
+        for index, (fan_in, fan_out) in enumerate(zip([into, *hidden], [*hidden, out], strict=True)):
+            kernel = rng.standard_normal((*lead, fan_in, fan_out), dtype=np.float32)
+            arrays[f"{name}/Dense_{index}/kernel"] = kernel * np.float32(fan_in**-0.5)
+            arrays[f"{name}/Dense_{index}/bias"] = np.zeros((*lead, fan_out), np.float32)
+            if lead and index < sizes.layers:
+                arrays[f"{name}/LayerNorm_{index}/scale"] = np.ones((*lead, fan_out), np.float32)
+                arrays[f"{name}/LayerNorm_{index}/bias"] = np.zeros((*lead, fan_out), np.float32)
+    return arrays
+
+
 def timed_call(method: Method, benchmark: str, sizes: Sizes, rng: np.random.Generator) -> float:
     """Seconds of one call on fresh data, until its result is there. Making and moving the data is not counted."""
     data: Any
