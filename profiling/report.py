@@ -1,4 +1,4 @@
-"""Write the README's performance tables and charts from the records: ``python -m profiling.report``, ``make report``.
+"""Write the tables and charts of README.md and docs/performance.md from the records: ``python -m profiling.report``.
 
 What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced; nothing else is touched. No record, no number.
 The charts in ``docs/`` are drawn anew when the numbers they show have changed.
@@ -23,6 +23,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
 RESULTS = REPOSITORY / "profiling" / "results"
 DOCS = REPOSITORY / "docs"
+PERFORMANCE = DOCS / "performance.md"
 NOT_YET = "Not yet measured on a GPU."
 NAMES = {
     "ours-float32": "vgf_fast, float32",
@@ -60,10 +61,8 @@ def newest(path: Path) -> list[Record]:
     return list({(r.benchmark, r.op, r.method, r.grid, json.dumps(r.sizes)): r for r in found}.values())
 
 
-def _ratio(record: dict[str, Any] | None) -> str:
-    if record is None or record["p50"] is None:
-        return ""
-    return "1.00" if record["method"] == "jax-release" else f"{record['ratio_to_jax']:.2f}"
+def _ratio(record: dict[str, Any] | None, peer: str) -> str:
+    return "" if record is None or record["p50"] is None else _cell(record[f"ratio_to_{peer}"])
 
 
 def _source(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> str:
@@ -75,19 +74,38 @@ def _source(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> str:
 
 
 def times(path: Path) -> str:
-    """Time of an update and of an action as multiples of the JAX release's, and peak memory."""
+    """Time of an update and of an action, as multiples of a peer's, and peak memory.
+
+    The peer is the JAX release, or eager PyTorch where the release was not there.
+    """
     found = latest(path)
     if not found:
         return NOT_YET
     update, act, memory = found.get("update", {}), found.get("act", {}), found.get("memory update", {})
+    peer = "jax" if "jax-release" in {**update, **act} else "eager"
     rows = []
     for method, name in NAMES.items():
-        if method not in update:
-            continue
-        peak = (memory.get(method) or update[method])["peak_bytes"]
-        rows.append([name, _ratio(update[method]), _ratio(act.get(method)), f"{peak / 2**20:.0f}"])
+        if method in update or method in act:
+            peak = (memory.get(method) or update.get(method) or act[method])["peak_bytes"]
+            rows.append([name, _ratio(update.get(method), peer), _ratio(act.get(method), peer), f"{peak / 2**20:.0f}"])
     header = ["", "one update", "one action, one state", "peak memory, MiB"]
-    return table(header, rows) + "\n\n" + _source(found, path)
+    threads = sorted({record["threads"] for methods in (update, act) for record in methods.values()})
+    words = f"{_in_words(update, act, peer)}Threads: {', '.join(map(str, threads))}."
+    return f"{table(header, rows)}\n\n{words} {_source(found, path)}"
+
+
+def _in_words(update: dict[str, dict[str, Any]], act: dict[str, dict[str, Any]], peer: str) -> str:
+    """What the comparison says of this library; empty where it was not measured."""
+    whose = {"jax": "the release's", "eager": "plain PyTorch's"}[peer]
+    found = []
+    for what, methods in (("An update", update), ("One action", act)):
+        ratios = []
+        for dtype in ("float32", "bfloat16"):
+            if text := _ratio(methods.get(f"ours-{dtype}"), peer):
+                ratios.append(f"{text} in {dtype}")
+        if ratios:
+            found.append(f"{what} takes, of {whose} time, {' and '.join(ratios)}. ")
+    return "".join(found)
 
 
 def launches() -> str:
@@ -266,10 +284,56 @@ def online(folder: Path) -> str:
     return "\n\n".join(parts) or "Not yet measured."
 
 
-def gpu() -> str:
-    """All of a GPU, as far as there are records."""
-    parts = [times(RESULTS / "gpu.jsonl"), operations(RESULTS / "gpu.jsonl"), roofline(RESULTS / "roofline-cuda.json")]
-    return "\n\n".join(dict.fromkeys(parts))
+def demonstration(folder: Path) -> str:
+    """Returns of the demo, a seed a column, and beside the public release's where both were trained."""
+    paths = sorted(folder.glob("reacher_seed*.json"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    rows = [["the data's own controller", *(_return(record["data"]) for record in found)]]
+    for results in zip(*(record["results"] for record in found), strict=True):
+        rows.append([_setting(results[0]["label"]), *(_return(result) for result in results)])
+    header = ["return, 60 episodes (95 % interval)", *(f"seed {record['demo']['seed']}" for record in found)]
+    files = ", ".join(f"`{path.relative_to(REPOSITORY)}`" for path in paths)
+    text = f"{table(header, rows)}\n\nRecords: {files}, from `vgf-fast demo --seed N`."
+    return "\n\n".join([text, *beside_the_release(folder)])
+
+
+def beside_the_release(folder: Path) -> list[str]:
+    """The same trained by the public release, means over seeds; nothing without records."""
+    paths = sorted(folder.glob("release_seed*.json"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if not found:
+        return []
+    rows = []
+    for results in zip(*(one["methods"][name]["results"] for one in found for name in PAIR), strict=True):
+        means = [result["return_mean"] for result in results]
+        by_method = [means[index :: len(PAIR)] for index in range(len(PAIR))]
+        cells = [", ".join(f"{mean:.1f}" for mean in own) for own in by_method]
+        rows.append([_setting(results[0]["label"]), *cells])
+    seconds = [[f"{one['methods'][name]['other_updates_seconds']:.0f}" for one in found] for name in PAIR]
+    compiling = [[f"{one['methods'][name]['first_update_seconds']:.1f}" for one in found] for name in PAIR]
+    rows.append(["seconds of the first update, which compiles", *map(", ".join, compiling)])
+    rows.append(["seconds of all others", *map(", ".join, seconds)])
+    ratios = ", ".join(f"{one['ratio']:.2f}" for one in found)
+    seeds = ", ".join(str(one["demo"]["seed"]) for one in found)
+    about = (
+        f"Beside the public JAX release: the same transitions, {found[0]['demo']['updates']:,} updates each by turns, "
+        f"the same episodes; seeds {seeds}."
+    )
+    files = ", ".join(f"`{path.relative_to(REPOSITORY)}`" for path in paths)
+    source = f"Time of an update here by the release's, median over turns: {ratios}. Threads: {found[0]['threads']}."
+    header = ["return, mean of 60 episodes", "vgf_fast", "public JAX release"]
+    return [about, table(header, rows), f"{source} Records: {files}, from `python -m profiling.reacher`."]
+
+
+PAIR = ("ours", "release")
+
+
+def _return(found: dict[str, Any]) -> str:
+    return f"{found['return_mean']:.1f} ({found['return_low']:.1f} to {found['return_high']:.1f})"
+
+
+def _setting(label: str) -> str:
+    return {"bc": "behaviour cloning", "L=0": "L = 0, best of N"}.get(label, label.replace("=", " = "))
 
 
 # --- charts ----------------------------------------------------------------------------------------------------------
@@ -321,24 +385,32 @@ def draw(check: bool) -> bool:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "demo": lambda: demonstration(RESULTS / "demo"),
     "learning": lambda: learned(RESULTS / "learning"),
     "online": lambda: online(RESULTS / "learning"),
     "cpu": lambda: times(RESULTS / "cpu.jsonl"),
-    "gpu": gpu,
+    "gpu": lambda: times(RESULTS / "gpu.jsonl"),
     "launches": launches,
+    "resources": resources,
+}
+DETAILS: dict[str, Callable[[], str]] = {
     "ops": lambda: operations(RESULTS / "ops-cpu.jsonl"),
+    "ops-gpu": lambda: operations(RESULTS / "gpu.jsonl"),
     "scaling": lambda: exponents(RESULTS / "scaling-cpu.jsonl"),
     "roofline": lambda: roofline(RESULTS / "roofline-cpu.json"),
-    "resources": resources,
+    "roofline-gpu": lambda: roofline(RESULTS / "roofline-cuda.json"),
 }
 
 
-def rendered(text: str) -> str:
-    """The text with every section written anew. Raises ``ValueError`` for a section whose markers it lacks."""
-    for name, make in SECTIONS.items():
+def rendered(text: str, sections: dict[str, Callable[[], str]] | None = None) -> str:
+    """The text with every section written anew, by default the README's.
+
+    Raises ``ValueError`` for a section whose markers it lacks.
+    """
+    for name, make in (SECTIONS if sections is None else sections).items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"the README has no one place for {name!r}: expected {begin} and {end}, once each")
+            raise ValueError(f"the text has no one place for {name!r}: expected {begin} and {end}, once each")
         pattern = re.escape(begin) + r".*?" + re.escape(end)
         section = f"{begin}\n{make()}\n{end}"
         text = re.sub(pattern, lambda match, section=section: section, text, flags=re.DOTALL)  # type: ignore[misc]
@@ -346,20 +418,20 @@ def rendered(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the README and the charts, or with ``--check`` say whether they are what the records give."""
+    """Write the pages and the charts, or with ``--check`` say whether they are what the records give."""
     parser = argparse.ArgumentParser(prog="python -m profiling.report", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit status 1 if the README or a chart is out of date"
+        "--check", action="store_true", help="write nothing; exit status 1 if a page or a chart is out of date"
     )
     options = parser.parse_args(arguments)
-    before = README.read_text(encoding="utf-8")
-    after = rendered(before)
-    drawn = draw(options.check)
-    if options.check:
-        return int(after != before or not drawn)
-    if after != before:
-        README.write_text(after, encoding="utf-8")
-    return 0
+    fresh = draw(options.check)
+    for path, sections in ((README, SECTIONS), (PERFORMANCE, DETAILS)):
+        before = path.read_text(encoding="utf-8")
+        after = rendered(before, sections)
+        fresh &= after == before
+        if after != before and not options.check:
+            path.write_text(after, encoding="utf-8")
+    return int(options.check and not fresh)
 
 
 if __name__ == "__main__":

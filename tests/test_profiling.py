@@ -332,7 +332,7 @@ class TestReport:
             for benchmark in ("update", "act"):
                 record = {
                     "date": date, "benchmark": benchmark, "method": "ours-float32", "device": "a CPU", "p50": 1.0,
-                    "ratio_to_jax": ratio, "peak_bytes": 2**20,
+                    "ratio_to_eager": ratio, "threads": 2, "peak_bytes": 2**20,
                 }  # fmt: skip
                 lines.append(json.dumps(record))
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
