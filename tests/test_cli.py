@@ -386,6 +386,8 @@ def test_training_that_diverges_ends(data, tmp_path, capsys):
         (["--preset", "ogbench/cube-single-play"], "policy.observation_dim is 28, but the data of .* have 2"),
         (["--config", "nowhere.yaml"], "no configuration file at nowhere.yaml"),
         (["--device", "cuda:99"], "device is 'cuda:99', which cannot be used here"),
+        (["--env", "Reacher-v5"], "the environment's observations have 10 entries, expected 2: the policy's config"),
+        (["--env", "Reacer-v5"], "env is Reacer-v5: .*Reacher"),
         (["--steps", "0"], "run.steps is 0, expected an integer >= 1"),
         (["--set", "policy.partcles=5"], "policy has no field 'partcles' .did you mean 'particles'"),
         (["--set", "policy.particles"], "--set has 'policy.particles', expected section.field=value"),

@@ -193,6 +193,7 @@ def with_nan(array):
         (broken(actions=lambda a: a[:-1]), r"actions has shape \(7, 2\), expected \(8, width\)"),
         (broken(observations=with_nan), "observations has NaN or infinity in row 5"),
         (broken(rewards=with_nan), "rewards has NaN or infinity in row 5"),
+        (broken(timeouts=lambda a: np.arange(8)), "timeouts has 2 in row 2, expected 0 or 1"),
         (broken(observations=lambda a: np.zeros((8, 4, 4, 3), np.uint8)), "images and integers are not supported"),
         (broken(observations=lambda a: a.astype(int)), "images and integers are not supported, because"),
         (broken(timeouts=lambda a: ~(a & False)), "holds no transitions: 8 rows"),

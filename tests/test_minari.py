@@ -186,6 +186,38 @@ def test_bad_episodes_are_named(local, buffer, message):
         loader.load(written(buffer, STATE, BOX))
 
 
+@pytest.mark.parametrize("cut", [0.0, 0.5, 0.95])
+def test_damaged_files_are_named(local, cut):
+    record("test/goal-v0", "VgfGoal-v0", episodes=1)
+    assert loader.load("test/goal-v0", local).train.statistics().trajectories == 1
+    file = local / "test" / "goal-v0" / "data" / "main_data.hdf5"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(cut * len(content))])
+    with pytest.raises(ValueError, match=r"test/goal-v0, episode 0: .*goal-v0.data is damaged"):
+        loader.load("test/goal-v0", local)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("rewards", lambda array: None, "episode 1: .*'rewards' doesn't exist"),
+        ("actions", lambda array: array[:-1], "episode 1: {} actions but {} rewards, expected equal numbers"),
+        ("terminations", lambda array: array[:-1], "episode 1: {} terminations but {} rewards"),
+        ("observations/desired_goal", lambda array: None, "episode 1: .*is damaged"),
+    ],
+)
+def test_what_an_episode_lacks_is_named(local, key, change, message):
+    h5py = pytest.importorskip("h5py")
+    steps = len(record("test/goal-v0", "VgfGoal-v0", episodes=2)[1][1].rewards)
+    with h5py.File(local / "test" / "goal-v0" / "data" / "main_data.hdf5", "a") as file:
+        array = change(file[f"episode_1/{key}"][()])
+        del file[f"episode_1/{key}"]
+        if array is not None:
+            file[f"episode_1/{key}"] = array
+    with pytest.raises(ValueError, match=message.format(steps - 1, steps)):
+        loader.load("test/goal-v0", local)
+
+
 def test_without_an_environment_there_is_none(local):
     data = loader.load(written(buffer_of([np.zeros(2)] * 3, [np.zeros(1, np.float32)] * 2), STATE, BOX))
     assert (data.make_env, data.score, data.train.size) == (None, None, 2)

@@ -264,6 +264,9 @@ def read(file: Path) -> Arrays:
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             row = int(np.argwhere(~np.isfinite(array))[0][0])
             raise ValueError(f"{file}: {name} has NaN or infinity in row {row}, expected finite numbers")
+        if name in ("terminals", "timeouts") and not np.isin(array, (0, 1)).all():
+            row = int(np.argmin(np.isin(array, (0, 1))))
+            raise ValueError(f"{file}: {name} has {array[row]:g} in row {row}, expected 0 or 1")
     return arrays
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,19 +62,20 @@ def load(
     parts: dict[str, list[np.ndarray]] = {
         field: [] for field in ("observations", "actions", "next_observations", "rewards", "masks", "terminals")
     }
-    for episode in found.iterate_episodes():
+    for episode in _episodes(found):
         where = f"{name}, episode {episode.id}"
         rewards = np.asarray(episode.rewards, np.float64)
         steps = len(rewards)
         observations = _flat(found.observation_space, episode.observations)
-        actions = np.asarray(episode.actions, np.float64).reshape(steps, -1)
-        if len(observations) != steps + 1 or len(actions) != steps:
-            raise ValueError(
-                f"{where}: {steps} rewards, {len(actions)} actions and {len(observations)} observations, expected one "
-                "observation more than rewards and actions"
-            )
+        actions = np.asarray(episode.actions, np.float64)
+        lengths = {"actions": len(actions), "terminations": len(episode.terminations)}
+        lengths["observations but the last one"] = len(observations) - 1
+        for field, length in lengths.items():
+            if length != steps:
+                raise ValueError(f"{where}: {length} {field} but {steps} rewards, expected equal numbers")
         if steps == 0:
             continue
+        actions = actions.reshape(steps, -1)
         scaled = 2.0 * (actions - low) / (high - low) - 1.0
         for field, array in (("observations", observations), ("actions", actions), ("rewards", rewards)):
             if not np.isfinite(array).all():
@@ -135,6 +136,20 @@ def _open(dataset: Any, dataset_dir: str | os.PathLike[str] | None) -> Any:
             f"the Minari data set {dataset!r} is not here, and its download failed: {type(error).__name__}: {error}; "
             "get it elsewhere, and pass the folder of data sets as dataset_dir"
         ) from error
+
+
+def _episodes(found: Any) -> Iterator[Any]:
+    """The episodes of a data set; a ``ValueError`` names the one that its file has no more, or not whole."""
+    episodes = iter(found.iterate_episodes())
+    for number in found.episode_indices:
+        try:
+            episode = next(episodes)
+        except (OSError, KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"{found.spec.dataset_id}, episode {number}: {found.storage.data_path} is damaged ({error}): delete it, "
+                "and get it again"
+            ) from error
+        yield episode
 
 
 def _action_bounds(name: str, space: Any) -> tuple[np.ndarray, np.ndarray]:
