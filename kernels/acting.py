@@ -1022,7 +1022,8 @@ def act(
 
     Instead of ``noise``, ``seed``, one int64 on the device, gives the numbers that ``behavior_flow`` draws from it, for
     ``particles`` a state. ``uniform`` [B] float32 in [0, 1) is for the selections "softmax" and "random".
-    ``value_aggregation`` is over members for the choice, ``q_aggregation`` for the score. N is 1 to 128, A 1 to 64.
+    ``value_aggregation`` is over members for the choice, ``q_aggregation`` for the score. N is 1 to 128, A 1 to 64, and
+    less where ``launch.acting_fits`` says so.
     ``counter`` [1] int32 is the grid's barrier: zero at first, ready again after every launch, and not for two launches
     at once; by default ``barrier_counter``'s.
     Raises ``ValueError`` naming the argument whose shape, dtype, device or value is wrong.
@@ -1123,9 +1124,14 @@ def _check(
         )
     if velocity.dtype != critic.dtype:
         raise ValueError(f"velocity has dtype {velocity.dtype}, expected {critic.dtype}, the critic's")
-    if max(velocity.padded_width, critic.padded_width) > launch.MAX_WIDTH:
-        width = max(velocity.padded_width, critic.padded_width)
+    width = max(velocity.padded_width, critic.padded_width)
+    if width > launch.MAX_WIDTH:
         raise ValueError(f"the widest hidden layer is {width} padded, expected at most {launch.MAX_WIDTH}")
+    if not launch.acting_fits(width, critic.action_dim, critic.dtype, torch.version.hip is not None):
+        raise ValueError(
+            f"layers of {width} padded units with {critic.action_dim} action entries in {critic.dtype} do not fit into "
+            "shared memory for acting in one launch, expected fewer: several launches have no such limit"
+        )
     launch.check_same_device("critic", critic.state, "observations", device)
     launch.check_same_device("velocity", velocity.state, "observations", device)
     if (noise is None) == (seed is None):

@@ -277,6 +277,19 @@ def acting(
     return ActingLaunch(min(processors, items), block_m, velocity_tile, critic_tile, num_warps)
 
 
+# Shared memory of the smallest architecture of each kind: sm_80 and gfx942.
+ACTING_SHARED_BYTES, ACTING_SHARED_BYTES_AMD = 163 * 1024, 64 * 1024
+
+
+def acting_fits(width: int, action_dim: int, dtype: torch.dtype, amd: bool = False) -> bool:
+    """Whether the kernel of a whole action has room for what it holds of layers of a padded width.
+
+    It is a layer's weights of all action entries and, but for AMD, a block of rows beside them.
+    """
+    columns = max(padded(action_dim), 16) + (0 if amd else 16)
+    return width * columns * dtype.itemsize <= (ACTING_SHARED_BYTES_AMD if amd else ACTING_SHARED_BYTES)
+
+
 # Estimates for an H200, to be measured: a phase of the kernel of a whole action with its barrier, and how fast one
 # processor reads weights.
 PHASE_US = 2.2
@@ -291,14 +304,18 @@ def acts_in_one_launch(
     critic_width: int,
     dtype: torch.dtype,
     processors: int,
+    action_dim: int,
+    amd: bool = False,
 ) -> bool:
     """Whether to spread the layers of a whole action over all processors, rather than walk them in blocks of rows.
 
-    It is where a layer takes a program by itself, which reads all its weights, longer than the phase that all
-    programs make of it, in as many rounds as they need for its tiles.
+    It is where the weights fit, and where a layer takes a program by itself, which reads all its weights, longer than
+    the phase that all programs make of it, in as many rounds as they need for its tiles.
     """
     rows = batch * particles
     if not 1 <= batch <= MAX_ACTING_STATES or particles > MAX_PARTICLES:
+        return False
+    if not acting_fits(max(velocity_width, critic_width), action_dim, dtype, amd):
         return False
     config = acting(rows, members, velocity_width, critic_width, dtype, particles, processors)
     items = -(-rows // config.block_m) * members * (critic_width // config.critic_tile)
@@ -360,17 +377,18 @@ MAX_LISTED = 4096  # tokens of a query's lists, which one program merges
 
 @functools.cache
 def nearest_token(
-    rows: int, vocabulary: int, k: int, dtype: torch.dtype, processors: int, amd: bool = False
+    rows: int, vocabulary: int, k: int, dtype: torch.dtype, processors: int, wide: bool = False, amd: bool = False
 ) -> NearestLaunch:
     """Configuration for ``k`` tokens, of 1 to ``MAX_NEAREST``, of each of so many rows, multiplied in a dtype.
 
-    Lists hold a few tokens more than ``k``: the product's rounding may mistake the order of the last ones. As many
-    parts of the vocabulary as fill the processors, each of a tile at least.
+    ``wide`` is whether the widest tiles may be taken: ``wide_tiles``, and no more to do than to multiply. Lists hold a
+    few tokens more than ``k``: the product's rounding may mistake the order of the last ones. As many parts of the
+    vocabulary as fill the processors, each of a tile at least.
     """
     width = padded(k + max(3, k // 4))
     narrow = dtype.itemsize == 2
     block_m = 16 if rows <= 16 else 64 if rows <= 64 or width > 16 else 128
-    block_n = 256 if narrow and block_m == 128 else 128
+    block_n = 256 if narrow and block_m == 128 and wide else 128
     block_k = 64 if narrow else 32
     num_warps = 8 if block_m == 128 else 4
     blocks = -(-rows // block_m)
@@ -378,6 +396,11 @@ def nearest_token(
     parts = min(max((2 if block_m == 16 else 1) * processors // blocks, 1), MAX_LISTED // width)
     tiles = -(-vocabulary // block_n)
     return NearestLaunch(block_m, block_n, block_k, num_warps, 2 if amd else 3, width, -(-tiles // parts) * block_n)
+
+
+def wide_tiles(device: torch.device) -> bool:
+    """Whether the matrix unit reads its operands from shared memory, which leaves registers for wider tiles."""
+    return device.type != "cpu" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @dataclass(frozen=True)
@@ -402,7 +425,7 @@ class MergeLaunch:
 @functools.cache
 def nearest_merge(parts: int, width: int) -> MergeLaunch:
     """Configuration for a list of ``width`` tokens of each of so many parts of the vocabulary."""
-    return MergeLaunch(width, padded(parts * width), 2048 // width if width > 16 else 128, 4)
+    return MergeLaunch(width, padded(parts * width), max(1024 // width, 16), 4)
 
 
 TOKEN_FLOW_CHUNK = 512  # dimensions whose squares are summed by themselves

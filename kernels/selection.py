@@ -30,11 +30,11 @@ def aggregate_members(
     mask: tl.tensor,
     E: tl.tensor,
     MINIMUM: tl.constexpr,
-    CACHE: tl.constexpr = "",
+    CACHE: tl.constexpr,
 ) -> tl.tensor:
     """Minimum or mean of E values each: ``q_ptrs`` to those of the first member, any shape; zero where masked.
 
-    ``CACHE`` ".cg" reads values that other programs of the launch have written.
+    ``CACHE`` is "", or ".cg" to read values that other programs of the launch have written.
     """
     total = tl.load(q_ptrs, mask=mask, other=0.0, cache_modifier=CACHE).to(tl.float32)
     for _ in range(1, E):
@@ -104,7 +104,7 @@ def aggregate_kernel(
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_range = offs < B.to(tl.int64) * N
     q_ptrs = q_ptr + (offs // N) * stride_b + (offs % N) * stride_n
-    tl.store(out_ptr + offs, aggregate_members(q_ptrs, stride_e, in_range, E, MINIMUM), mask=in_range)
+    tl.store(out_ptr + offs, aggregate_members(q_ptrs, stride_e, in_range, E, MINIMUM, ""), mask=in_range)
 
 
 @triton.jit(do_not_specialize=["B", "N", "A"])
@@ -177,7 +177,7 @@ def td_target_kernel(
     in_b = offs_b < B
     mask = in_b[:, None] & (offs_n < N)[None, :]
     q_ptrs = q_ptr + (offs_b[:, None] * stride_b + offs_n.to(tl.int64)[None, :] * stride_n)  # [BLOCK_B, BLOCK_N]
-    q = aggregate_members(q_ptrs, stride_e, mask, E, MINIMUM)
+    q = aggregate_members(q_ptrs, stride_e, mask, E, MINIMUM, "")
     value = reduce_particles(q, N, LARGEST, BLOCK_N)
     reward = tl.load(reward_ptr + offs_b * stride_r, mask=in_b, other=0.0).to(tl.float32)
     keep = tl.load(mask_ptr + offs_b * stride_m, mask=in_b, other=0.0).to(tl.float32)

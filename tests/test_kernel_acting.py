@@ -92,6 +92,26 @@ def test_any_size(shape, sizes, hidden_v, hidden_c, members, norms, activation_v
     check_choice(critic, states, runs[-1])
 
 
+@pytest.mark.parametrize(
+    ("sizes", "hidden_v", "hidden_c"),
+    [
+        ((512, 64), (33, 17, 40, 16, 9, 24), (24, 9, 16, 40, 17, 33)),
+        ((511, 16), (16,), (1023,)),
+        ((3, 1), (1023,), (16,)),
+    ],
+)
+def test_the_largest_sizes(sizes, hidden_v, hidden_c):
+    velocity = networks.velocity(*sizes, hidden_v, True, "swish", seed=3)
+    critic = networks.critic(*sizes, hidden_c, 2, True, "swish", seed=1)
+    states, noise = networks.states_and_actions(2, 3, *sizes, seed=2)
+    result = act(velocity, critic, states, noise, 1, optimizer="ascent")
+    x = reference.behavior_flow(networks.exact(velocity), states.double(), noise.double(), EULER_STEPS)
+    budget = (1, STEP_SIZE, TEMPERATURE, "mean", False, True, "ascent")
+    truth = reference.value_gradient_flow(networks.exact(critic), states.double(), x, *budget)
+    assert relative_error(result.particles, truth.particles) < BOUNDS["flow_step"][F32]
+    check_choice(critic, states, result)
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("optimizer", ["adam", "ascent"])
 @pytest.mark.parametrize("bandwidth_gradient", [False, True])
@@ -326,8 +346,8 @@ def test_the_grid_is_no_larger_than_the_processors_or_the_work(rows, members, wi
 def test_when_one_launch_is_taken():
     """A few states of wide networks on a whole GPU, and never in the interpreter, whose grid is one program."""
 
-    def is_taken(batch, width, dtype=torch.bfloat16, processors=132, particles=10):
-        return launch.acts_in_one_launch(batch, particles, 2, width, width, dtype, processors)
+    def is_taken(batch, width, dtype=torch.bfloat16, processors=132, particles=10, action_dim=8, amd=False):
+        return launch.acts_in_one_launch(batch, particles, 2, width, width, dtype, processors, action_dim, amd)
 
     assert is_taken(1, 512)
     assert is_taken(4, 512)
@@ -338,6 +358,11 @@ def test_when_one_launch_is_taken():
     assert not is_taken(0, 512)
     assert not is_taken(17, 1024)
     assert not is_taken(1, 512, particles=129)
+    # Where the actions' weights do not fit into shared memory.
+    assert is_taken(1, 1024, action_dim=64)
+    assert not is_taken(1, 1024, torch.float32, action_dim=17)
+    assert is_taken(1, 512, action_dim=64, amd=True)
+    assert not is_taken(1, 1024, action_dim=33, amd=True)
 
 
 @pytest.mark.parametrize("selection", ["max", "softmax"])
@@ -387,6 +412,14 @@ class TestChecks:
         self.refuse("particles is 129", noise=self.noise[:, :1].expand(-1, 129, -1))
         self.refuse("velocity has 4 \\+ 3 inputs", velocity=networks.velocity(4, 3, (16,)))
         self.refuse("widest hidden layer", critic=networks.critic(5, 3, (1025,)))
+        velocity, critic = networks.velocity(5, 33, (513,)), networks.critic(5, 33, (16,))
+        noise = self.noise[..., :1].expand(-1, -1, 33)
+        self.refuse(
+            "33 action entries in torch.float32 do not fit into shared memory",
+            velocity=velocity,
+            critic=critic,
+            noise=noise,
+        )
 
     def test_dtypes(self):
         self.refuse("observations has dtype torch.float64", states=self.states.double())

@@ -39,6 +39,18 @@ def test_any_size(batch, sizes, hidden, layer_norm, activation, steps, seed):
     assert relative_error(x, truth) < BOUNDS["behavior_flow"][F32]
 
 
+@pytest.mark.parametrize(
+    ("batch", "sizes", "hidden"),
+    [((2, 128), (512, 64), (33, 17, 40, 16, 9, 24)), ((5, 13), (511, 63), (1024,)), ((2, 3), (3, 64), (1023, 16))],
+)
+def test_the_largest_sizes(batch, sizes, hidden):
+    module = networks.velocity(*sizes, hidden, True, "swish", seed=1)
+    states, noise = networks.states_and_actions(*batch, *sizes, seed=2)
+    truth = reference.behavior_flow(networks.exact(module), states.double(), noise.double(), 2)
+    plain = reference.behavior_flow(module.stacked(), states, noise, 2)
+    assert_accurate("behavior_flow", draw(module, states, noise, 2), truth, plain, truth.abs().max())
+
+
 def test_as_accurate_as_pytorch():
     module = networks.velocity(29, 8, (64, 48, 64), seed=3)
     states, noise = networks.states_and_actions(40, 10, 29, 8, seed=4)

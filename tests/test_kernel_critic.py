@@ -61,6 +61,24 @@ def test_any_size(batch, sizes, hidden, members, layer_norm, activation, aggrega
     assert relative_error(score, score_truth) < BOUNDS["critic_score"][F32]
 
 
+# states, particles, observation and action dimension, hidden widths: each at its largest, beside odd ones.
+LARGEST = [
+    ((2, 128), (512, 64), (33, 17, 40, 16, 9, 24)),
+    ((5, 13), (511, 63), (1024,)),
+    ((2, 3), (3, 64), (1023, 16)),
+]
+
+
+@pytest.mark.parametrize(("batch", "sizes", "hidden"), LARGEST)
+def test_the_largest_sizes(batch, sizes, hidden):
+    module = networks.critic(*sizes, hidden, 2, True, "swish", seed=1)
+    states, actions = networks.states_and_actions(*batch, *sizes, seed=2)
+    result = values_and_score(module, states, actions, "min")
+    exact, plain = truth_and_plain(module, states, actions, "min")
+    for name, value, truth, other in zip(("critic_value", "critic_score"), result, exact, plain, strict=True):
+        assert_accurate(name, value, truth, other, truth.abs().max())
+
+
 @pytest.mark.parametrize("aggregation", ["mean", "min"])
 @pytest.mark.parametrize(("layer_norm", "activation"), [(True, "relu"), (False, "swish"), (True, "gelu")])
 def test_as_accurate_as_pytorch(layer_norm, activation, aggregation):

@@ -85,6 +85,19 @@ def test_any_size(shape, sizes, hidden, members, layer_norm, activation, aggrega
     assert relative_error(result.q, truth) < BOUNDS["critic_value"][F32]
 
 
+@pytest.mark.parametrize(
+    ("shape", "sizes", "hidden"),
+    [((2, 128), (512, 64), (33, 17, 40, 16, 9, 24)), ((3, 21), (511, 63), (1023,))],
+)
+def test_the_largest_sizes(shape, sizes, hidden):
+    module = networks.critic(*sizes, hidden, 2, True, "swish", seed=1)
+    states, particles = networks.states_and_actions(*shape, *sizes, seed=2)
+    result = flow(module, states, particles, 1, return_trajectory=True, q_aggregation="min")
+    check_steps(module, states, result.trajectory, "min", "adam")
+    truth = reference.CriticAtStates(networks.exact(module), states.double()).values(result.particles.double())
+    assert relative_error(result.q, truth) < BOUNDS["critic_value"][F32]
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "ascent"])
 @pytest.mark.parametrize("bandwidth_gradient", [False, True])
 @pytest.mark.parametrize("aggregation", ["mean", "min"])
@@ -238,8 +251,8 @@ class TestBadInput:
         self.check(kernel, states, rows.double(), "has dtype torch.float64")
         self.check(kernel, states[:3], rows, r"has shape \(4, 5, 3\), expected \(3, 5, 3\)")
 
-    def check(self, kernel, states, rows, message):
-        critic_weights, velocity = networks.packed(self.MODULE), networks.packed(self.VELOCITY)
+    def check(self, kernel, states, rows, message, module=MODULE, velocity=VELOCITY):
+        critic_weights, velocity = networks.packed(module), networks.packed(velocity)
         launchers = {
             "critic": lambda: critic.values_and_score(critic_weights, states, rows),
             "flow": lambda: flow_step.value_gradient_flow(critic_weights, states, rows, 1, STEP_SIZE, TEMPERATURE),
@@ -265,3 +278,83 @@ class TestBadInput:
             flow(self.MODULE, states, rows, 1, epilogue=flow_step.Select("softmax"))
         with pytest.raises(ValueError, match="rewards has shape"):
             flow(self.MODULE, states, rows, 1, epilogue=flow_step.TDTarget(states, states, 0.9))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"q_aggregation": "max"}, "q_aggregation is 'max', expected 'mean' or 'min'"),
+            ({"optimizer": "sgd"}, "optimizer is 'sgd', expected 'adam' or 'ascent'"),
+            ({"steps": -1}, "steps is -1, expected an integer >= 0"),
+            ({"temperature": 0.0}, "temperature is 0.0, expected a number > 0"),
+            (
+                {"epilogue": flow_step.Select("best")},
+                "epilogue.mode is 'best', expected 'max' or 'softmax'",
+            ),
+            ({"epilogue": flow_step.Select(temperature=-1.0)}, "epilogue.temperature is -1.0, expected a number > 0"),
+            ({"epilogue": flow_step.Select(q_aggregation="max")}, "epilogue.q_aggregation is 'max', expected"),
+            (
+                {"epilogue": flow_step.Select("random", uniform=torch.zeros(4, dtype=torch.float64))},
+                "uniform has dtype torch.float64, expected torch.float32",
+            ),
+            (
+                {"epilogue": flow_step.Select("random", uniform=torch.zeros(4, device="meta"))},
+                "uniform is on meta, expected",
+            ),
+            (
+                {"epilogue": flow_step.TDTarget(torch.zeros(4), torch.zeros(4).int(), 0.9)},
+                "masks has dtype torch.int32, expected",
+            ),
+            (
+                {"epilogue": flow_step.TDTarget(torch.zeros(4), torch.zeros(4, device="meta"), 0.9)},
+                "masks is on meta, expected",
+            ),
+            (
+                {"epilogue": flow_step.TDTarget(torch.zeros(4), torch.zeros(4), 0.9, reduce="median")},
+                "epilogue.reduce is 'median', expected 'mean' or 'max'",
+            ),
+        ],
+    )
+    def test_choices_of_a_flow(self, options, message):
+        epilogue = options.get("epilogue")
+        if epilogue is not None:
+            # To the device, but for what is to be found elsewhere.
+            options = {
+                "epilogue": type(epilogue)(
+                    *(x.to(networks.DEVICE) if torch.is_tensor(x) and x.device.type != "meta" else x for x in epilogue)
+                )
+            }
+        arguments = {"steps": 1, "step_size": STEP_SIZE, "temperature": TEMPERATURE} | options
+        with pytest.raises(ValueError, match=message):
+            flow_step.value_gradient_flow(networks.packed(self.MODULE), *self.inputs(), **arguments)
+
+    @pytest.mark.parametrize("kernel", ["critic", "behavior_flow", "flow"])
+    def test_devices(self, kernel):
+        states, rows = self.inputs()
+        self.check(kernel, states.to("meta"), rows, "observations is on meta, expected (cpu|cuda:0), the device of the")
+        self.check(kernel, states, rows.to("meta"), "(actions|noise|particles) is on meta, expected")
+
+    def test_seeds_and_aggregations(self):
+        states, rows = self.inputs()
+        velocity, critic_weights = networks.packed(self.VELOCITY), networks.packed(self.MODULE)
+        for seed, message in (
+            (torch.zeros(2, dtype=torch.int64), r"seed has shape \(2,\), expected \(1,\)"),
+            (torch.zeros(1), "seed has dtype torch.float32, expected torch.int64"),
+            (torch.zeros(1, dtype=torch.int64, device="meta"), "seed is on meta, expected"),
+        ):
+            place = seed if seed.device.type == "meta" else seed.to(networks.DEVICE)
+            with pytest.raises(ValueError, match=message):
+                behavior_flow.behavior_flow(velocity, states, None, 1, particles=5, seed=place)
+        with pytest.raises(ValueError, match="q_aggregation is 'max', expected 'mean' or 'min'"):
+            critic.values_and_score(critic_weights, states, rows, "max")
+
+    @pytest.mark.parametrize("kernel", ["critic", "behavior_flow", "flow"])
+    @pytest.mark.parametrize(
+        ("action_dim", "width", "message"),
+        [
+            (65, 16, "has 65 columns, expected at most 64"),
+            (3, 1025, "the widest hidden layer takes 2048 columns, expected 1024 or less"),
+        ],
+    )
+    def test_networks_beyond_the_kernels_limits(self, kernel, action_dim, width, message):
+        module, velocity = (make(6, action_dim, (width,)) for make in (networks.critic, networks.velocity))
+        self.check(kernel, *self.inputs(action_dim=action_dim), message, module, velocity)

@@ -110,6 +110,23 @@ def test_wide_layers(hidden, layer_norm):
         assert relative_error(grad, truth) < BOUNDS["training_gradient"][F32]
 
 
+@pytest.mark.parametrize("kind", ["critic", "velocity"])
+def test_the_largest_sizes(kind):
+    """512 observations, 64 action entries, six layers; more rows than a block has, and a row left over."""
+    sizes, hidden = (512, 64), (33, 17, 40, 16, 9, 24)
+    if kind == "critic":
+        module = networks.critic(*sizes, hidden, 2, True, "swish")
+    else:
+        module = networks.velocity(*sizes, hidden, True, "swish")
+    outputs = module.weights[-1].shape[2]
+    *inputs, target = make_batch(33, *sizes, outputs, 0, time=kind == "velocity")
+    results, grads = gradients(module, inputs, kernel_loss(module, "squared", target))
+    truths, grad_truths = in_float64(module, inputs, "squared", target)
+    assert relative_error(results[0], truths[0]) < BOUNDS["training_loss"][F32]
+    for grad, truth in zip(grads, grad_truths, strict=True):
+        assert relative_error(grad, truth) < BOUNDS["training_gradient"][F32]
+
+
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     st.integers(1, 70),

@@ -17,7 +17,8 @@ import vgf_fast as vgf
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of the interpreter")
 # Several tiles of rows and columns and several chunks of a sum, as at full size.
 CONFIG = launch.BlockLaunch(block_m=16, block_n=32, block_k=16, rows=4, num_warps=4, num_stages=1)
-STATES, ACTIONS = networks.states_and_actions(7, 5, 6, 3)
+# Three states a block, and one left over.
+STATES, ACTIONS = networks.states_and_actions(4, 5, 6, 3)
 
 
 def critic_of(layer_norm):
@@ -35,12 +36,13 @@ def run_behavior_flow(layer_norm):
 
 def run_flow(layer_norm):
     target = flow_step.TDTarget(STATES[:, 0], STATES[:, 1], 0.9)
-    for epilogue in (flow_step.Select(), target):
+    # Two steps, so that moments are read again; what ends them is a kernel of its own.
+    for steps, epilogue in ((2, flow_step.Select()), (0, target)):
         flow_step.value_gradient_flow(
             critic_of(layer_norm),
             STATES,
             ACTIONS,
-            2,
+            steps,
             0.1,
             0.5,
             bandwidth_gradient=True,
@@ -83,7 +85,7 @@ def test_whole_update():
         "actions": ACTIONS[:, 0],
         "next_observations": STATES,
         "rewards": STATES[:, 0],
-        "masks": torch.ones(7),
+        "masks": torch.ones(4),
     }
     learner = vgf.Learner(vgf.VGFPolicy(config, backend="triton"))
     with race_detector():

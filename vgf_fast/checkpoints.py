@@ -121,7 +121,8 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
 def load_module_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy named tensors into a module's parameters in place; names and shapes must match exactly.
 
-    Raises ``CheckpointError`` naming what is missing, unexpected, or of another shape; then nothing was copied.
+    Raises ``CheckpointError`` naming what is missing, unexpected, of another shape or not finite; then nothing was
+    copied.
     """
     own = dict(module.named_parameters())
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -133,6 +134,8 @@ def load_module_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], 
                 f"{source} does not fit the configuration: {name} has shape {tuple(tensors[name].shape)}, expected "
                 f"{tuple(parameter.shape)}"
             )
+        if not tensors[name].isfinite().all():
+            raise CheckpointError(f"{source}: {name} has values that are not finite, expected finite weights")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])

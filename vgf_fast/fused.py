@@ -160,6 +160,8 @@ def act(
             critic.padded_width,
             critic.dtype,
             launch.processors(observations.device),
+            noise.shape[2],
+            torch.version.hip is not None,
         )
     if few is not None and one_launch:
         with ranges.span("vgf/act_in_one_launch"):
