@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,26 @@ def test_randomness_within_an_episode_belongs_to_its_environment():
     policy = make_policy()
     returns = [evaluate(policy, Drawing, episodes=6, flow_steps=(0,), num_envs=count)[0].returns for count in (1, 4, 6)]
     assert returns[0] == returns[1] == returns[2]
+
+
+class Casting(Countdown):
+    """Makes a space in every reset, as OGBench's arms do, and has something to say."""
+
+    def reset(self, **options):
+        gymnasium.spaces.Box(-0.123456789 * np.ones(2), np.ones(2), dtype=np.float32)
+        warnings.warn("worth knowing", stacklevel=1)
+        return super().reset(**options)
+
+
+def test_what_every_reset_of_an_arm_warns_of_is_not_said():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Casting().reset(seed=0)
+    assert any("precision lowered" in str(one.message) for one in caught)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        evaluate(make_policy(), Casting, episodes=2, flow_steps=(0,), num_envs=1)
+    assert {str(one.message) for one in caught} == {"worth knowing"}
 
 
 @pytest.mark.parametrize("num_envs", [1, 3, 50])

@@ -280,7 +280,7 @@ class VGFPolicy(nn.Module):
                 raise ValueError(f"{name} is on {tensor.device}, but the policy is on {self.device}: move one of them")
         else:
             array = np.asarray(value)
-            if array.dtype == object:
+            if array.dtype.kind not in "fiub":
                 raise TypeError(f"{name} is a {type(value).__name__}, expected numbers")
             tensor = torch.as_tensor(array, device=self.device)
         if not tensor.is_floating_point():
@@ -338,8 +338,10 @@ class VGFPolicy(nn.Module):
     ) -> VGFPolicy:
         """A new policy for a Gymnasium environment, vector environments too; ``overrides`` are fields of VGFConfig.
 
-        Raises ``ValueError`` for spaces it cannot act in, saying which wrapper mends it.
+        Raises ``ValueError`` for spaces it cannot act in, saying which wrapper mends it; ``TypeError`` if it is none.
         """
+        if not hasattr(env, "observation_space"):
+            raise TypeError(f"env is {env!r}, expected a Gymnasium environment, as gymnasium.make gives")
         observation = getattr(env, "single_observation_space", env.observation_space)
         action = getattr(env, "single_action_space", env.action_space)
         for name, space, wrapper in (

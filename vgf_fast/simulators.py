@@ -108,7 +108,10 @@ class Simulator:
         with self._blamed("reset"):
             np.random.seed(seed.global_numpy)  # noqa: NPY002
             random.seed(seed.global_python)
-            observation, _ = self.env.reset(seed=seed.environment)
+            with warnings.catch_warnings():
+                # As above, in OGBench's own reset.
+                warnings.filterwarnings("ignore", message=".*precision lowered by casting")
+                observation, _ = self.env.reset(seed=seed.environment)
             return self._vector(observation)
 
     def step(self, action: np.ndarray) -> Outcome:

@@ -1,0 +1,18 @@
+"""What may be given to a policy by mistake, in Python."""
+
+import numpy as np
+import pytest
+
+import vgf_fast as vgf
+
+
+def test_a_name_is_no_environment():
+    with pytest.raises(TypeError, match="env is 'Reacher-v5', expected a Gymnasium environment, as gymnasium.make"):
+        vgf.VGFPolicy.for_env("Reacher-v5")
+
+
+@pytest.mark.parametrize("given", ["abc", None, {"a": 1}, np.array(["a"]), np.zeros(4, "M8[s]"), np.zeros(4, complex)])
+def test_what_is_no_number(given):
+    policy = vgf.VGFPolicy(vgf.VGFConfig(4, 2, hidden_dims=(8,), behavior_hidden_dims=(8,)))
+    with pytest.raises(TypeError, match=f"observations is a {type(given).__name__}, expected numbers"):
+        policy.sample_actions(given)
