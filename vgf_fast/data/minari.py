@@ -66,7 +66,12 @@ def load(
         where = f"{name}, episode {episode.id}"
         rewards = np.asarray(episode.rewards, np.float64)
         steps = len(rewards)
-        observations = _flat(found.observation_space, episode.observations)
+        try:
+            observations = _flat(found.observation_space, episode.observations)
+        except KeyError as error:
+            raise ValueError(
+                f"{where}: observations has no {error}, expected all of {found.observation_space}"
+            ) from error
         actions = np.asarray(episode.actions, np.float64)
         lengths = {"actions": len(actions), "terminations": len(episode.terminations)}
         lengths["observations but the last one"] = len(observations) - 1
@@ -146,8 +151,8 @@ def _episodes(found: Any) -> Iterator[Any]:
             episode = next(episodes)
         except (OSError, KeyError, RuntimeError) as error:
             raise ValueError(
-                f"{found.spec.dataset_id}, episode {number}: {found.storage.data_path} is damaged ({error}): delete it, "
-                "and get it again"
+                f"{found.spec.dataset_id}, episode {number}: {found.storage.data_path} is damaged ({error}): delete "
+                "it, and get it again"
             ) from error
         yield episode
 
