@@ -27,9 +27,7 @@ gpu: $(READY)
 	$(PYTHON) -m profiling.gpu
 
 bench: $(READY)
-	$(PYTHON) -m profiling.bench update $(BENCH)
-	$(PYTHON) -m profiling.bench act $(BENCH)
-	$(PYTHON) -m profiling.bench memory $(BENCH)
+	$(PYTHON) -m profiling.bench update act memory $(BENCH)
 
 report: $(READY)
 	$(PYTHON) -m profiling.report
