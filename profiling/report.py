@@ -336,6 +336,81 @@ def _setting(label: str) -> str:
     return {"bc": "behaviour cloning", "L=0": "L = 0, best of N"}.get(label, label.replace("=", " = "))
 
 
+def _quoted(pair: dict[str, Any], name: str) -> str:
+    found = pair["methods"][name]
+    text = f"{pair['prompt']} {found['text']}".replace("|", "\\|")
+    reward = "no response keeps the cap" if found["reward"] is None else f"{found['reward']:.2f}"
+    return f"{text} ({reward}; judge {found['judge_ratio']:.1f})"
+
+
+def alignment(path: Path, overhead: Path) -> str:
+    """Methods on MiniLM's pairs, texts of the best, the middle and the worst pair, and what the flow adds in time."""
+    if not path.is_file():
+        return "Not yet measured."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    pairs, summary = found["pairs"], found["summary"]
+    flow = summary["flow"]
+    rows = []
+    for name, row in summary.items():
+        distinct = f"{row['distinct_2']:.2f}"
+        cells = [
+            *(f"{row[key]:.3f}" for key in ("reward", "reward_mean_of_8", "reward_any")),
+            f"{row['within_bound']}",
+            f"{row['perplexity_ratio']:.2f} / {row['judge_ratio']:.2f}",
+            f"{row['judge_within_1.5']}",
+            distinct,
+            f"{100 * row['changed']:.0f}" if name.startswith(("flow", "plain", "token")) else "",
+            f"{row['flow_wins']}" if "flow_wins" in row else "",
+            f"{row['units']:.0f}" + "".join(f" / {row[key] / flow[key]:.2f}" for key in ("operations", "seconds")),
+        ]
+        rows.append([name, *cells])
+    header = [
+        "medians",
+        "reward within the cap",
+        "mean of the 8 best",
+        "any fluency",
+        "keeps the cap",
+        "perplexity / judge's",
+        "judge within 1.5",
+        "distinct-2",
+        "% tokens changed",
+        "flow wins",
+        "units / operations / time",
+    ]
+    ranked = sorted(pairs, key=lambda pair: pair["methods"]["flow"]["reward"] or -1.0)
+    worst_prose = max(pairs, key=lambda pair: pair["methods"]["flow"]["judge_ratio"])
+    chosen = {
+        "highest reward": ranked[-1],
+        "middle": ranked[len(ranked) // 2],
+        "lowest": ranked[0],
+        "judge likes it least": worst_prose,
+    }
+    shown = ("flow", "token search", "best of N")
+    texts = [[which, pair["target"], *(_quoted(pair, name) for name in shown)] for which, pair in chosen.items()]
+    held_out = found["held_out_perplexity"]
+    parts = [
+        table(header, rows),
+        f"{len(pairs)} pairs, counts are of them; {found['units']} units of the reward model a pair, "
+        f"{found['particles']} responses in flow and search; `equal operations`: as many as the flow spends in all "
+        "models. Operations and time are multiples of the flow's, perplexities of the median of a pair's first "
+        f"responses. Held-out perplexity of the reference model {held_out['reference']:.0f}, of the judge "
+        f"{held_out['judge']:.0f}.",
+        table(["flow's pair", "target", *(f"{name} (reward; judge's ratio)" for name in shown)], texts),
+        f"Record: `{path.relative_to(REPOSITORY)}` ({found['date'][:10]}, {found['device']}), "
+        f"from `{found['command']}`.",
+    ]
+    if overhead.is_file():
+        cost = json.loads(overhead.read_text(encoding="utf-8"))
+        parts.append(
+            "Beside the models' passes, an align step spends on flow, projection and bookkeeping "
+            f"{100 * cost['base']['added']:.0f} % more with models of the sizes of GPT-2 and BERT base, "
+            f"{100 * cost['small']['added']:.0f} % with the small ones here. Record: "
+            f"`{overhead.relative_to(REPOSITORY)}` ({cost['date'][:10]}, {cost['device']}, one thread), from "
+            f"`{cost['command']}`."
+        )
+    return "\n\n".join(parts)
+
+
 # --- charts ----------------------------------------------------------------------------------------------------------
 
 
@@ -392,6 +467,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "gpu": lambda: times(RESULTS / "gpu.jsonl"),
     "launches": launches,
     "resources": resources,
+    "alignment": lambda: alignment(RESULTS / "alignment.json", RESULTS / "alignment-overhead.json"),
 }
 DETAILS: dict[str, Callable[[], str]] = {
     "ops": lambda: operations(RESULTS / "ops-cpu.jsonl"),
