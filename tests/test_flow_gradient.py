@@ -246,23 +246,29 @@ def test_only_the_particles_of_every_step_are_kept():
 # --- the other modes, and what is no gradient ------------------------------------------------------------------------
 
 
-def test_identity_passes_the_gradient_of_the_particles_on():
-    module, field, leaves = critic(), velocity(), inputs()
+@pytest.mark.parametrize(("backend", "dtype"), [("torch", F64), ("triton", F32)])
+def test_identity_passes_the_gradient_of_the_particles_on(backend, dtype):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    module, field, leaves = critic(dtype=dtype), velocity(dtype=dtype), inputs(dtype=dtype)
+    options = {"backend": backend}
     budget = vgf.TransportBudget(2)
-    result = vgf.value_gradient_flow(module, *leaves, budget, return_trajectory=True, flow_gradient="identity")
-    plain = vgf.value_gradient_flow(module, *leaves, budget, return_trajectory=True)
+    result = vgf.value_gradient_flow(
+        module, *leaves, budget, return_trajectory=True, flow_gradient="identity", **options
+    )
+    plain = vgf.value_gradient_flow(module, *leaves, budget, return_trajectory=True, **options)
     for value, expected in zip(result, plain, strict=True):
         assert torch.equal(value, expected)
     states, x = leaves
-    weight = torch.arange(x.numel(), dtype=F64, device=x.device).view_as(x)
+    weight = torch.arange(x.numel(), dtype=dtype, device=x.device).view_as(x)
     for output, times in ((result.particles, 1), (result.trajectory.sum(dim=0), 3)):
         found = torch.autograd.grad((weight * output).sum(), leaves, retain_graph=True, allow_unused=True)
         assert found[0] is None or not found[0].any()
         assert torch.equal(found[1], times * weight)
     found = torch.autograd.grad(result.q.mean(dim=0).sum(), leaves, allow_unused=True)
     assert found[0] is None or not found[0].any()
-    torch.testing.assert_close(found[1], vgf.critic_value_and_score(module, states, plain.particles)[1])
-    particles = vgf.behavior_flow(field, *leaves, 3, flow_gradient="identity")
+    torch.testing.assert_close(found[1], vgf.critic_value_and_score(module, states, plain.particles, **options)[1])
+    particles = vgf.behavior_flow(field, *leaves, 3, flow_gradient="identity", **options)
     found = torch.autograd.grad((weight * particles).sum(), leaves, allow_unused=True)
     assert found[0] is None or not found[0].any()
     assert torch.equal(found[1], weight)
@@ -395,7 +401,7 @@ def test_operators_of_the_kernels_are_registered_as_torch_expects():
 
 @pytest.mark.parametrize(
     ("mode", "backend", "dtype"),
-    [("none", "torch", F64), ("identity", "torch", F64), ("exact", "torch", F64), ("exact", "triton", F32)],
+    [(mode, *backend) for mode in ("none", "identity", "exact") for backend in (("torch", F64), ("triton", F32))],
 )
 def test_compiled_without_graph_breaks(mode, backend, dtype):
     if backend == "triton":

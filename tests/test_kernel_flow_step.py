@@ -103,12 +103,12 @@ def test_the_largest_sizes(shape, sizes, hidden):
 @pytest.mark.parametrize("aggregation", ["mean", "min"])
 def test_every_mode(aggregation, bandwidth_gradient, optimizer):
     module = networks.critic(11, 6, (40, 32, 40), 2, seed=1)
-    states, particles = networks.states_and_actions(13, 10, 11, 6, seed=2)
+    states, particles = networks.states_and_actions(7, 10, 11, 6, seed=2)
     result = flow(
         module,
         states,
         particles,
-        4,
+        3,
         q_aggregation=aggregation,
         bandwidth_gradient=bandwidth_gradient,
         optimizer=optimizer,
@@ -133,11 +133,11 @@ def test_equal_to_the_step_kernel(particles):
     assert relative_error(result.particles, moved) < BOUNDS["flow_step"][F32]
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("steps", [0, 1, 2])
 @pytest.mark.parametrize(("aggregation", "reduce"), [("min", "mean"), ("mean", "max")])
 def test_td_target_by_another_critic(steps, aggregation, reduce):
     module, target = (networks.critic(5, 3, (24, 24), seed=seed) for seed in (1, 2))
-    states, particles = networks.states_and_actions(15, 10, 5, 3)
+    states, particles = networks.states_and_actions(8, 10, 5, 3)
     # Columns of the states, strided as a dataset's fields are.
     rewards, masks = states[:, 0], (states > 0.0).float()[:, 1]
     epilogue = flow_step.TDTarget(rewards, masks, 0.9, aggregation, reduce)
@@ -149,7 +149,7 @@ def test_td_target_by_another_critic(steps, aggregation, reduce):
 
 
 @pytest.mark.parametrize("mode", ["max", "softmax", "random"])
-@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("steps", [0, 1])
 def test_selection(steps, mode):
     module = networks.critic(5, 3, (24, 24), seed=1)
     states, particles = networks.states_and_actions(15, 10, 5, 3)
@@ -166,8 +166,8 @@ def test_nothing_but_the_update_when_no_value_is_asked_for():
     module = networks.critic(5, 3, (24, 24), seed=1)
     states, particles = networks.states_and_actions(7, 10, 5, 3)
     kept = particles.clone()
-    with_values = flow(module, states, particles, 3)
-    without = flow(module, states, particles, 3, evaluate=False)
+    with_values = flow(module, states, particles, 2)
+    without = flow(module, states, particles, 2, evaluate=False)
     assert without.q is None
     assert torch.equal(without.particles, with_values.particles)
     assert torch.equal(flow(module, states, particles, 0, evaluate=False).particles, particles)
