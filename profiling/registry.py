@@ -26,7 +26,7 @@ from profiling.compiled import CompiledAgent
 from profiling.eager import EagerAgent
 from profiling.torch_methods import configurations
 from profiling.worker import Sizes
-from vgf_fast import VGFPolicy, functional, fused, reference
+from vgf_fast import VGFPolicy, functional, fused, native, reference
 from vgf_fast.functional import Backend
 from vgf_fast.networks import EnsembleMLP, VelocityField
 
@@ -274,7 +274,8 @@ class Truth:
 
 def truth(op: Op, inputs: Inputs) -> Truth:
     """The reference in float64, and in PyTorch's operations in the inputs' own dtype. Writes no input."""
-    return Truth(op.reference(inputs.to(torch.float64)), op.reference(inputs.clone()), inputs.dtype)
+    with native.off():
+        return Truth(op.reference(inputs.to(torch.float64)), op.reference(inputs.clone()), inputs.dtype)
 
 
 def fault(op: Op, prepared: Prepared, expected: Truth) -> str | None:

@@ -19,7 +19,10 @@ def values_and_score(module, states, actions, aggregation):
     at_states = blocked.BlockedCriticAtStates(
         blocked.block(weights, OBSERVATION_DIM, actions.shape[0] * actions.shape[1], backward=True), states
     )
-    return at_states.values(actions), at_states.score(actions, aggregation)
+    q, score = at_states.values_and_score(actions, aggregation)
+    assert torch.equal(at_states.values(actions), q)
+    assert torch.equal(at_states.score(actions, aggregation), score)
+    return q, score
 
 
 @pytest.mark.parametrize("aggregation", ["mean", "min"])
@@ -60,11 +63,11 @@ def test_it_is_taken_where_rows_are_many():
     module = networks.critic(OBSERVATION_DIM, ACTION_DIM, (24, 24))
     states, actions = networks.states_and_actions(60, 10, OBSERVATION_DIM, ACTION_DIM)
     weights = module.stacked()
-    assert isinstance(reference.critic_at_states(weights, states, 600), blocked.BlockedCriticAtStates)
-    assert isinstance(reference.critic_at_states(weights, states, 10), reference.CriticAtStates)
-    assert isinstance(reference.critic_at_states(weights.to(torch.float64), states, 600), reference.CriticAtStates)
+    assert isinstance(reference.critic_at_states(weights, states, 10), blocked.BlockedCriticAtStates)
+    assert isinstance(reference.critic_at_states(weights, states, 1), reference.CriticAtStates)
+    assert isinstance(reference.critic_at_states(weights.to(torch.float64), states, 10), reference.CriticAtStates)
     plain = reference.CriticAtStates(weights, states).score(actions)
-    assert relative_error(reference.critic_at_states(weights, states, 600).score(actions), plain) < BOUND
+    assert relative_error(reference.critic_at_states(weights, states, 10).score(actions), plain) < BOUND
 
 
 @pytest.mark.skipif(not blocked._supports(torch.bfloat16), reason="this CPU has no bfloat16 products")
@@ -73,7 +76,7 @@ def test_bfloat16():
     states, actions = networks.states_and_actions(130, 10, OBSERVATION_DIM, ACTION_DIM)
     truth = reference.CriticAtStates(networks.exact(module), states.double()).score(actions.double())
     weights = module.stacked().to(torch.bfloat16)
-    ours = reference.critic_at_states(weights, states, 1300).score(actions)
+    ours = reference.critic_at_states(weights, states, 10).score(actions)
     plain = reference.CriticAtStates(weights, states).score(actions)
     errors = [(score.double() - truth).square().mean().sqrt().item() for score in (ours, plain)]
     assert errors[0] < 1.2 * errors[1]
@@ -84,5 +87,5 @@ def test_without_the_operators_the_plain_form_is_taken(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     module = networks.critic(OBSERVATION_DIM, ACTION_DIM, (24, 24))
     states, _ = networks.states_and_actions(60, 10, OBSERVATION_DIM, ACTION_DIM)
-    assert isinstance(reference.critic_at_states(module.stacked(), states, 600), reference.CriticAtStates)
+    assert isinstance(reference.critic_at_states(module.stacked(), states, 10), reference.CriticAtStates)
     blocked._supports.cache_clear()

@@ -146,7 +146,8 @@ def critic_value_and_score(
 ) -> tuple[Tensor, Tensor]:
     """q [E, B, N] and score [B, N, A]: observations [B, O], actions [B, N, A] in float32 at least."""
     if not _runs_kernels(backend, critic, actions):
-        return reference.CriticAtStates(critic, observations).values_and_score(actions, q_aggregation)
+        at_states = reference.critic_at_states(critic, observations, actions.shape[1])
+        return at_states.values_and_score(actions, q_aggregation)
     from vgf_fast.kernels import critic as kernel
 
     packed = _pack("critic", critic, observations.shape[1], actions.shape[2])

@@ -205,39 +205,56 @@ class BlockedCriticAtStates(BlockedAtStates):
             self._score(chunk, start, aggregation, score[start : start + len(chunk)])
         return score
 
+    def values_and_score(self, actions: Tensor, aggregation: str = "mean") -> tuple[Tensor, Tensor]:
+        """Both."""
+        q = torch.empty(len(self.mlp.members), *actions.shape[:2], dtype=torch.float32)
+        score = torch.empty(actions.shape, dtype=actions.dtype)
+        for start, chunk in _chunks(self.mlp, actions):
+            part = slice(start, start + len(chunk))
+            self._score(chunk, start, aggregation, score[part], q[:, part])
+        return q, score
+
     def _values(self, actions: Tensor, start: int) -> Tensor:
         q = [
-            torch.addmm(m.head_bias, _hidden(m, self.mlp.activation, self._first(e, actions, start)), m.head)
-            for e, m in enumerate(self.mlp.members)
+            self._head(member, _hidden(member, self.mlp.activation, self._first(e, actions, start)))
+            for e, member in enumerate(self.mlp.members)
         ]
         return torch.stack(q).view(len(q), *actions.shape[:2]).float()
+
+    @staticmethod
+    def _head(member: Member, h: Tensor) -> Tensor:
+        return torch.addmm(member.head_bias, h, member.head)
 
     def _first(self, e: int, actions: Tensor, start: int) -> Tensor:
         return self.first_layer(e, actions, self.mlp.members[e].rest, start)
 
-    def _score(self, actions: Tensor, start: int, aggregation: str, out: Tensor) -> None:
+    def _score(self, actions: Tensor, start: int, aggregation: str, out: Tensor, values: Tensor | None = None) -> None:
+        """Write the score of a chunk to ``out`` [b, N, A], and its values to ``values`` [E, b, N]."""
         members, activation = self.mlp.members, self.mlp.activation
         tapes: list[list[_Tape]] = []
-        last: list[Tensor] = []
+        q: list[Tensor] = []
         if aggregation == "min":
             for e, member in enumerate(members):
                 tapes.append([])
-                last.append(_hidden(member, activation, self._first(e, actions, start), tapes[e]))
-            q = torch.cat([torch.addmm(m.head_bias, h, m.head) for m, h in zip(members, last, strict=True)], dim=1)
-            smallest = q.argmin(dim=1, keepdim=True)
+                q.append(self._head(member, _hidden(member, activation, self._first(e, actions, start), tapes[e])))
+            smallest = torch.cat(q, dim=1).argmin(dim=1, keepdim=True)
         for e, member in enumerate(members):
             head = member.head.t()  # [1, H]
             if aggregation == "min":
                 tape, grad = tapes[e], (smallest == e) * head
             else:
                 tape = []
-                _hidden(member, activation, self._first(e, actions, start), tape)
+                h = _hidden(member, activation, self._first(e, actions, start), tape)
+                if values is not None:
+                    q.append(self._head(member, h))
                 grad = (head / len(members)).repeat(len(tape[-1].y), 1)
             part = _backward(member, activation, grad, tape).view(actions.shape)
             if e == 0:
                 out.copy_(part)
             else:
                 out.add_(part)
+        if values is not None:
+            values.copy_(torch.stack(q).view(values.shape))
 
 
 def _chunks(mlp: BlockedMLP, rest: Tensor) -> list[tuple[int, Tensor]]:

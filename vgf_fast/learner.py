@@ -122,9 +122,9 @@ class Learner:
         moved = policy.flow_particles(
             *(states, drawn, policy.config.train_budget, critic.detach()), evaluate=False, field=field, per_state=False
         )
-        rows = drawn.shape[0] * drawn.shape[1]
         with ranges.span("vgf/values"):
-            next_q = reference.critic_at_states(target_critic, states, rows, backward=False).values(moved.particles)
+            at_states = reference.critic_at_states(target_critic, states, drawn.shape[1], backward=False)
+            next_q = at_states.values(moved.particles)
         with ranges.span("vgf/td_target"):
             target = functional.td_target(
                 next_q,

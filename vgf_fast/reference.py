@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vgf_fast import blocked
+from vgf_fast import blocked, native
 from vgf_fast.kernels import ranges
 from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights, activate_, activation_backward
 
@@ -188,12 +188,15 @@ class CriticAtStates(StackAtStates):
 
 
 def critic_at_states(
-    critic: MLPWeights, observations: Tensor, rows: int, backward: bool = True
-) -> CriticAtStates | blocked.BlockedCriticAtStates:
-    """A critic bound to states for about ``rows`` rows in all; ``backward`` if scores are wanted, not values alone.
+    critic: MLPWeights, observations: Tensor, particles: int, backward: bool = True
+) -> CriticAtStates | native.NativeCriticAtStates | blocked.BlockedCriticAtStates:
+    """A critic bound to states, N ``particles`` each; ``backward`` if scores are wanted, not values alone.
 
-    Where a CPU multiplies weights faster that are laid out in advance, and the rows are many, they are.
+    A CPU takes few rows in compiled code, and for many, where that is faster, lays the weights out in advance.
     """
+    rows = observations.shape[0] * particles
+    if native.pays(critic, rows, observations):
+        return native.NativeCriticAtStates(critic, observations, particles)
     if not blocked.pays(critic, rows):
         return CriticAtStates(critic, observations)
     rows = min(rows, blocked.chunk_rows(critic))
@@ -223,8 +226,11 @@ def behavior_flow(velocity: MLPWeights, observations: Tensor, noise: Tensor, ste
 
     observations [B, O], noise [B, N, A] -> particles [B, N, A] in the dtype of ``noise``.
     """
-    if blocked.pays(velocity, noise.shape[0] * noise.shape[1]):
-        rows = min(noise.shape[0] * noise.shape[1], blocked.chunk_rows(velocity))
+    rows = noise.shape[0] * noise.shape[1]
+    if native.pays(velocity, rows, observations):
+        return native.behavior_flow(velocity, observations, noise, steps)
+    if blocked.pays(velocity, rows):
+        rows = min(rows, blocked.chunk_rows(velocity))
         return blocked.behavior_flow(
             blocked.block(velocity, observations.shape[1], rows, backward=False), observations, noise, steps
         )
@@ -391,7 +397,7 @@ def value_gradient_flow(
 
     ``evaluate`` also returns every member's value at the last particles.
     """
-    at_states = critic_at_states(critic, observations, particles.shape[0] * particles.shape[1], backward=steps > 0)
+    at_states = critic_at_states(critic, observations, particles.shape[1], backward=steps > 0)
     x = particles.clone()
     zeros = (torch.zeros_like(x), torch.zeros_like(x))
     moments: tuple[Tensor | None, Tensor | None] = zeros if optimizer == "adam" else (None, None)

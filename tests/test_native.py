@@ -1,0 +1,237 @@
+"""The CPU's compiled form of the torch backend against the plain one, and its compilation."""
+
+import networks
+import pytest
+import torch
+from properties import given, settings, st
+from release import relative_error
+from tolerances import BOUNDS, within_twice
+
+from vgf_fast import VGFConfig, VGFPolicy, native, reference
+
+F32 = torch.float32
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or native.library() is None, reason="needs a CPU and a C compiler"
+)
+OBSERVATION_DIM = 7
+
+
+def scales(weights, states, actions):
+    """The largest sums of absolute values of the terms that the last product of q and of the score adds up."""
+    members, rows = len(weights.weights[0]), actions.shape[0] * actions.shape[1]
+    x = torch.cat([states.repeat_interleave(actions.shape[1], 0), actions.flatten(0, 1)], dim=1)
+    # The last activations: the head replaced by the identity. The gradient of the first layer: inputs added to it.
+    width, last = weights.weights[0].shape[2], weights.weights[-1].shape[1]
+    head, add = (torch.eye(n, dtype=x.dtype).expand(members, -1, -1) for n in (last, width))
+    zero = torch.zeros(members, last, dtype=x.dtype)
+    h = reference.mlp_forward(
+        weights._replace(weights=(*weights.weights[:-1], head), biases=(*weights.biases[:-1], zero)), x
+    )
+    first = torch.cat([weights.weights[0], add], dim=1)
+    added = torch.zeros(rows, width, dtype=x.dtype, requires_grad=True)
+    q = reference.mlp_forward(weights._replace(weights=(first, *weights.weights[1:])), torch.cat([x, added], dim=1))
+    rest = weights.weights[0][:, states.shape[1] :].abs().transpose(1, 2)
+    gradients = torch.stack([torch.autograd.grad(member.sum(), added, retain_graph=True)[0].abs() for member in q])
+    return (h.abs() @ weights.weights[-1].abs()).max().item(), (gradients @ rest).max().item()
+
+
+def check(module, states, actions, aggregation, many=False):
+    """Against float64, relative to ``scales``; where there are ``many`` rows, within twice PyTorch's error too."""
+    weights = module.stacked()
+    at_states = native.NativeCriticAtStates(weights, states, actions.shape[1])
+    found = at_states.values_and_score(actions, aggregation)
+    plain = reference.CriticAtStates(weights, states).values_and_score(actions, aggregation)
+    exact, states, actions64 = networks.exact(module), states.double(), actions.double()
+    truth = reference.CriticAtStates(exact, states).values_and_score(actions64, aggregation)
+    for name, value, right, theirs, scale in zip(
+        ("critic_value", "critic_score"), found, truth, plain, scales(exact, states, actions64), strict=True
+    ):
+        assert value.dtype == F32
+        assert value.shape == right.shape
+        assert ((value.double() - right).abs() / scale).max().item() < BOUNDS[name][F32]
+        if many:
+            within_twice(value, theirs, right)
+    assert torch.equal(at_states.values(actions), found[0])
+    assert torch.equal(at_states.score(actions, aggregation), found[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    states=st.integers(1, 5),
+    particles=st.integers(1, 17),
+    action_dim=st.integers(1, 9),
+    widths=st.lists(st.sampled_from([16, 32, 48, 80, 144]), min_size=1, max_size=5),
+    members=st.integers(1, 4),
+    layer_norm=st.booleans(),
+    activation=st.sampled_from(["relu", "gelu", "swish"]),
+    aggregation=st.sampled_from(["mean", "min"]),
+    seed=st.integers(0, 9),
+)
+def test_critic(states, particles, action_dim, widths, members, layer_norm, activation, aggregation, seed):
+    module = networks.critic(OBSERVATION_DIM, action_dim, widths, members, layer_norm, activation, seed)
+    check(module, *networks.states_and_actions(states, particles, OBSERVATION_DIM, action_dim, seed), aggregation)
+
+
+@pytest.mark.parametrize("particles", [10, 13, 128, 255])
+def test_critic_at_the_papers_width(particles):
+    module = networks.critic(OBSERVATION_DIM, 8, (512, 512, 512))
+    check(module, *networks.states_and_actions(1, particles, OBSERVATION_DIM, 8), "mean", many=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    states=st.integers(1, 4),
+    particles=st.integers(1, 17),
+    action_dim=st.integers(1, 9),
+    widths=st.lists(st.sampled_from([16, 48, 80]), min_size=1, max_size=4),
+    layer_norm=st.booleans(),
+    activation=st.sampled_from(["relu", "gelu", "swish"]),
+    steps=st.integers(0, 4),
+)
+def test_behavior_flow(states, particles, action_dim, widths, layer_norm, activation, steps):
+    module = networks.velocity(OBSERVATION_DIM, action_dim, widths, layer_norm, activation)
+    observations, noise = networks.states_and_actions(states, particles, OBSERVATION_DIM, action_dim)
+    before = noise.clone()
+    found = native.behavior_flow(module.stacked(), observations, noise, steps)
+    truth = reference.behavior_flow(networks.exact(module), observations.double(), noise.double(), steps)
+    assert torch.equal(noise, before)
+    assert relative_error(found, truth) < BOUNDS["behavior_flow"][F32]
+
+
+def test_bfloat16_weights():
+    """The weights' rounding is all that bfloat16 costs: sums and activations are float32."""
+    critic, velocity = networks.critic(OBSERVATION_DIM, 3, (64, 64)), networks.velocity(OBSERVATION_DIM, 3, (64, 64))
+    states, actions = networks.states_and_actions(3, 10, OBSERVATION_DIM, 3)
+    weights, field = critic.stacked().to(torch.bfloat16), velocity.stacked().to(torch.bfloat16)
+    exact = reference.CriticAtStates(weights.to(torch.float64), states.double())
+    at_states = native.NativeCriticAtStates(weights, states, 10)
+    plain = reference.CriticAtStates(weights, states)
+    for ours, theirs, truth in zip(
+        at_states.values_and_score(actions),
+        plain.values_and_score(actions),
+        exact.values_and_score(actions.double()),
+        strict=True,
+    ):
+        within_twice(ours, theirs, truth)
+        assert relative_error(ours, truth) < 1e-5
+    truth = reference.behavior_flow(field.to(torch.float64), states.double(), actions.double(), 4)
+    assert relative_error(native.behavior_flow(field, states, actions, 4), truth) < 1e-5
+
+
+def test_threads_change_no_bit(monkeypatch):
+    module = networks.critic(OBSERVATION_DIM, 3, (144, 80, 48), members=3)
+    states, actions = networks.states_and_actions(2, 11, OBSERVATION_DIM, 3)
+    found = []
+    for threads in (1, 2, 5):
+        at_states = native.NativeCriticAtStates(module.stacked(), states, 11)
+        at_states.threads = threads
+        found.append(at_states.values_and_score(actions, "min"))
+    for q, score in found[1:]:
+        assert torch.equal(q, found[0][0])
+        assert torch.equal(score, found[0][1])
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "swish"])
+def test_far_from_zero(activation):
+    """Where the activations saturate, and beyond what float32's exponential can hold."""
+    module = networks.critic(OBSERVATION_DIM, 3, (32, 32), layer_norm=False, activation=activation)
+    with torch.no_grad():
+        module.weights[0].mul_(200.0)
+    check(module, *networks.states_and_actions(4, 8, OBSERVATION_DIM, 3), "mean")
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "swish"])
+def test_not_a_number_shows(activation, layer_norm):
+    module = networks.critic(OBSERVATION_DIM, 3, (32, 32), layer_norm=layer_norm, activation=activation)
+    states, actions = networks.states_and_actions(1, 3, OBSERVATION_DIM, 3)
+    actions[0, 1, 2] = torch.nan
+    weights = module.stacked()
+    for aggregation in ("mean", "min"):
+        ours = native.NativeCriticAtStates(weights, states, 3).values_and_score(actions, aggregation)
+        plain = reference.CriticAtStates(weights, states).values_and_score(actions, aggregation)
+        assert ours[0].isnan().all(0)[0].tolist() == [False, True, False]
+        for mine, theirs in zip(ours, plain, strict=True):
+            assert torch.equal(mine.isnan(), theirs.isnan())
+
+
+def test_strided_particles():
+    module = networks.critic(OBSERVATION_DIM, 3, (32, 32))
+    states, wide = networks.states_and_actions(2, 10, OBSERVATION_DIM, 6)
+    actions = wide[:, ::2, ::2]
+    weights = module.stacked()
+    ours = native.NativeCriticAtStates(weights, states, 5).score(actions)
+    assert torch.equal(ours, native.NativeCriticAtStates(weights, states, 5).score(actions.contiguous()))
+
+
+def test_it_reads_the_weights_as_they_are_now():
+    """A weight changed through ``.data`` has no new version; nothing here keeps a copy of it."""
+    policy = VGFPolicy(VGFConfig(observation_dim=OBSERVATION_DIM, action_dim=3, hidden_dims=(32, 32)))
+    states, actions = networks.states_and_actions(1, 4, OBSERVATION_DIM, 3)
+    before = reference.critic_at_states(policy.critic.stacked(), states, 4).score(actions)
+    policy.critic.weights[1].data.mul_(2.0)
+    after = reference.critic_at_states(policy.critic.stacked(), states, 4).score(actions)
+    assert not torch.equal(before, after)
+
+
+def test_where_it_is_taken():
+    module = networks.critic(OBSERVATION_DIM, 3, (32, 16))
+    weights = module.stacked()
+    states, _ = networks.states_and_actions(2, 1, OBSERVATION_DIM, 3)
+
+    def form(weights, particles=5):
+        return type(reference.critic_at_states(weights, states, particles))
+
+    assert form(weights) is form(weights.to(torch.bfloat16)) is native.NativeCriticAtStates
+    assert form(weights, 200) is not native.NativeCriticAtStates
+    odd = networks.critic(OBSERVATION_DIM, 3, (33, 16)).stacked()
+    strided = weights._replace(weights=tuple(w.transpose(1, 2).contiguous().transpose(1, 2) for w in weights.weights))
+    for other in (odd, strided, weights.to(torch.float64), weights.to(torch.float16)):
+        assert form(other) is reference.CriticAtStates
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A cache of its own, and nothing found yet."""
+    monkeypatch.setenv("VGF_FAST_CACHE", str(tmp_path / "cache"))
+    native.library.cache_clear()
+    yield tmp_path
+    native.library.cache_clear()
+
+
+def act():
+    policy = VGFPolicy(VGFConfig(observation_dim=4, action_dim=2, hidden_dims=(32, 32)), backend="torch")
+    return policy.sample_actions(torch.ones(4), generator=torch.Generator().manual_seed(0))
+
+
+def test_without_a_compiler_pytorch_does_the_same(fresh, monkeypatch, caplog):
+    caplog.set_level("INFO", "vgf_fast")
+    broken = fresh / "cc"
+    broken.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
+    broken.chmod(0o755)
+    action = act()
+    assert native.library() is not None
+    assert [path.suffix for path in native.cache_directory().iterdir()] == [".so"]
+    for variable, value, said in (
+        ("VGF_FAST_NATIVE", "0", None),
+        ("CC", "no-such-compiler", "no C compiler: no-such-compiler"),
+        ("CC", str(broken), f"{broken} failed: no such target"),
+        ("VGF_FAST_CACHE", str(broken / "cache"), str(broken / "cache")),
+    ):
+        caplog.clear()
+        native.library.cache_clear()
+        with monkeypatch.context() as context:
+            context.setenv(variable, value)
+            same = [act(), act()][1]
+            assert native.library() is None
+        assert len(caplog.messages) == (said is not None)
+        assert said is None or said in caplog.text
+        assert relative_error(same, action.double()) < 1e-4
+
+
+def test_a_damaged_library_is_made_again(fresh):
+    path = native.build()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    assert native.build().read_bytes() == whole
+    assert native.library() is not None

@@ -1,0 +1,260 @@
+"""The torch backend's networks at few rows on a CPU: ``mlp.c``, compiled for this machine when first needed.
+
+At ten rows a product of PyTorch's takes three times what its arithmetic needs, and each of some hundred operators a few
+microseconds more. Here one call runs all layers, on PyTorch's own threads. Without a C compiler, or with
+``VGF_FAST_NATIVE=0``, PyTorch's operators do the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights
+
+MAX_ROWS = 256  # from which on PyTorch's products are as fast
+WIDTHS = 16  # hidden widths are multiples of it
+MAX_LAYERS = 32
+PRODUCTS_A_THREAD = 50_000  # multiplications of a layer that pay for another thread
+_SOURCE = Path(__file__).with_name("mlp.c")
+_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp")
+_ACTIVATIONS = {"relu": 0, "gelu": 1, "swish": 2}
+_DTYPES = (torch.float32, torch.bfloat16)
+
+logger = logging.getLogger("vgf_fast")
+
+
+# --- the library -----------------------------------------------------------------------------------------------------
+
+
+class _Network(ctypes.Structure):
+    """``struct mlp``."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in ("members", "hidden", "rest", "out", "activation", "half", "first_stride")
+        ),
+        ("widths", ctypes.POINTER(ctypes.c_int64)),
+        *((name, ctypes.POINTER(ctypes.c_void_p)) for name in ("weight", "bias", "scale", "shift")),
+    )
+
+
+def cache_directory() -> Path:
+    """Where compiled libraries are kept: ``$VGF_FAST_CACHE``, else ``vgf_fast`` in the user's cache."""
+    chosen = os.environ.get("VGF_FAST_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vgf_fast"
+
+
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CC", ""))
+    commands = [named] if named else [["cc"], ["gcc"], ["clang"]]
+    for command in commands:
+        if shutil.which(command[0]):
+            return command
+    raise RuntimeError(f"no C compiler: {', '.join(command[0] for command in commands)}")
+
+
+def _machine() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU "))}))
+
+
+def build() -> Path:
+    """Compile ``mlp.c``, unless that is done, and return the library's path.
+
+    Raises ``RuntimeError`` without a compiler or when it fails, and ``OSError`` when there is nowhere to write.
+    """
+    compiler = _compiler()
+    source = _SOURCE.read_bytes()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    key = _digest(source + "\n".join((*compiler, version, *_FLAGS, _machine())).encode())
+    folder = cache_directory()
+    for path in folder.glob(f"mlp-{key}-*.so"):
+        # Loading a file that was cut short would end the process.
+        if path.stem.rpartition("-")[2] == _digest(path.read_bytes()):
+            return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        made = Path(aside) / "mlp"
+        _run([*compiler, *_FLAGS, "-c", str(_SOURCE), "-o", f"{made}.o"])
+        # Linked with no OpenMP runtime: PyTorch has loaded one, and its threads serve here too.
+        _run([*compiler, "-shared", f"{made}.o", "-o", f"{made}.so", "-lm"])
+        path = folder / f"mlp-{key}-{_digest(Path(f'{made}.so').read_bytes())}.so"
+        os.replace(f"{made}.so", path)
+    return path
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:24]
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RuntimeError(f"{command[0]} failed: {lines[0]}")
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library, or None where there cannot be one, which is logged once."""
+    if os.environ.get("VGF_FAST_NATIVE") == "0" or sys.byteorder != "little":
+        return None
+    try:
+        found = ctypes.CDLL(str(build()))
+    except (OSError, RuntimeError) as error:
+        logger.info("acting on the CPU uses PyTorch's operators: %s", error)
+        return None
+    whole, pointer = ctypes.c_int64, ctypes.c_void_p
+    network = ctypes.POINTER(_Network)
+    found.vgf_workspace.restype = whole
+    found.vgf_workspace.argtypes = (network, whole, whole)
+    common = (pointer, ctypes.c_float, whole)
+    found.vgf_critic.restype = None
+    found.vgf_critic.argtypes = (network, pointer, pointer, whole, whole, whole, pointer, pointer, *common)
+    found.vgf_behavior_flow.restype = None
+    found.vgf_behavior_flow.argtypes = (network, pointer, pointer, whole, whole, whole, *common)
+    return found
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+_chosen_off: contextvars.ContextVar[bool] = contextvars.ContextVar("chosen_off", default=False)
+
+
+@contextlib.contextmanager
+def off() -> Iterator[None]:
+    """PyTorch's operators inside this block, to compare with."""
+    token = _chosen_off.set(True)
+    try:
+        yield
+    finally:
+        _chosen_off.reset(token)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """False for what transforms and traces of PyTorch put in a tensor's place."""
+    try:
+        return tensor.data_ptr() != 0
+    except RuntimeError:
+        return False
+
+
+def pays(mlp: MLPWeights, rows: int, observations: Tensor) -> bool:
+    """Whether to take this form for ``rows`` rows: few of them, a network it can read, and a library."""
+    first, hidden = mlp.weights[0], mlp.weights[:-1]
+    return (
+        0 < rows < MAX_ROWS
+        and not _chosen_off.get()
+        and first.device.type == "cpu"
+        and first.dtype in _DTYPES
+        and 0 < len(hidden) <= MAX_LAYERS
+        and all(weight.shape[2] % WIDTHS == 0 for weight in hidden)
+        and all(weight.is_contiguous() for weight in mlp.weights)
+        and all(map(_has_memory, (observations, *mlp.weights)))
+        and library() is not None
+    )
+
+
+class StackAtStates:
+    """A stack of perceptrons on [state, rest] bound to B states, whose share of the first layer is computed once."""
+
+    def __init__(self, mlp: MLPWeights, observations: Tensor, particles: int) -> None:
+        mlp = mlp.detach()
+        found = library()
+        assert found is not None
+        self.library = found
+        first = mlp.weights[0]
+        members, rows, _ = first.shape
+        states, width = observations.shape
+        self.sizes = (states, particles)
+        hidden = [weight.shape[2] for weight in mlp.weights[:-1]]
+        vectors = [[tensor.float().contiguous() for tensor in group] for group in mlp[1:4]]
+        x = observations.detach().float().expand(members, -1, -1)
+        self.share = torch.baddbmm(vectors[0][0].unsqueeze(1), x, first[:, :width].float())
+        addresses = [weight.data_ptr() for weight in mlp.weights]
+        addresses[0] += width * hidden[0] * first.element_size()
+        scale, shift = (_pointers([t.data_ptr() for t in group]) if group else None for group in vectors[1:])
+        self.network = _Network(
+            *(members, len(hidden), rows - width, mlp.weights[-1].shape[2], _ACTIVATIONS[mlp.activation]),
+            *(first.dtype == torch.bfloat16, rows * hidden[0], (ctypes.c_int64 * len(hidden))(*hidden)),
+            *(_pointers(addresses), _pointers([t.data_ptr() for t in vectors[0]]), scale, shift),
+        )
+        # The structure holds addresses; these hold the memory.
+        self._alive = (mlp, vectors)
+        products = members * states * particles * max(a * b for a, b in zip(hidden, hidden[1:] or [1], strict=False))
+        self.threads = max(1, min(torch.get_num_threads(), products // PRODUCTS_A_THREAD))
+        count = found.vgf_workspace(self.network, states, states * particles)
+        self.workspace = torch.empty(count, dtype=torch.float32)
+
+    def _common(self) -> tuple[int, float, int]:
+        return self.workspace.data_ptr(), LAYER_NORM_EPS, self.threads
+
+
+class NativeCriticAtStates(StackAtStates):
+    """``reference.CriticAtStates`` for B states with N particles each."""
+
+    def values(self, actions: Tensor) -> Tensor:
+        """Q of every member: actions [B, N, A] -> [E, B, N], in float32."""
+        q = torch.empty(self.network.members, *self.sizes, dtype=torch.float32)
+        self._run(actions, "mean", q, None)
+        return q
+
+    def score(self, actions: Tensor, aggregation: str = "mean") -> Tensor:
+        """grad_a of the members' mean or minimum: [B, N, A]."""
+        score = torch.empty(actions.shape, dtype=torch.float32)
+        self._run(actions, aggregation, None, score)
+        return score.to(actions.dtype)
+
+    def values_and_score(self, actions: Tensor, aggregation: str = "mean") -> tuple[Tensor, Tensor]:
+        """Both."""
+        q = torch.empty(self.network.members, *self.sizes, dtype=torch.float32)
+        score = torch.empty(actions.shape, dtype=torch.float32)
+        self._run(actions, aggregation, q, score)
+        return q, score.to(actions.dtype)
+
+    def _run(self, actions: Tensor, aggregation: str, q: Tensor | None, score: Tensor | None) -> None:
+        x = actions.detach().float().contiguous()
+        self.library.vgf_critic(
+            *(self.network, self.share.data_ptr(), x.data_ptr(), *self.sizes, aggregation == "min"),
+            *(None if out is None else out.data_ptr() for out in (q, score)),
+            *self._common(),
+        )
+
+
+def behavior_flow(velocity: MLPWeights, observations: Tensor, noise: Tensor, steps: int) -> Tensor:
+    """``reference.behavior_flow``: observations [B, O], noise [B, N, A] -> particles [B, N, A]."""
+    field = StackAtStates(velocity, observations, noise.shape[1])
+    x = noise.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    field.library.vgf_behavior_flow(
+        field.network, field.share.data_ptr(), x.data_ptr(), *field.sizes, steps, *field._common()
+    )
+    return x.to(noise.dtype)
+
+
+def _pointers(addresses: Sequence[int]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(addresses))(*addresses)
