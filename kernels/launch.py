@@ -377,18 +377,17 @@ MAX_LISTED = 4096  # tokens of a query's lists, which one program merges
 
 @functools.cache
 def nearest_token(
-    rows: int, vocabulary: int, k: int, dtype: torch.dtype, processors: int, wide: bool = False, amd: bool = False
+    rows: int, vocabulary: int, k: int, dtype: torch.dtype, processors: int, widest: int, amd: bool = False
 ) -> NearestLaunch:
     """Configuration for ``k`` tokens, of 1 to ``MAX_NEAREST``, of each of so many rows, multiplied in a dtype.
 
-    ``wide`` is whether the widest tiles may be taken: ``wide_tiles``, and no more to do than to multiply. Lists hold a
-    few tokens more than ``k``: the product's rounding may mistake the order of the last ones. As many parts of the
-    vocabulary as fill the processors, each of a tile at least.
+    A tile is of ``widest`` tokens at most. Lists hold a few tokens more than ``k``: the product's rounding may mistake
+    the order of the last ones. As many parts of the vocabulary as fill the processors, each of a tile at least.
     """
     width = padded(k + max(3, k // 4))
     narrow = dtype.itemsize == 2
     block_m = 16 if rows <= 16 else 64 if rows <= 64 or width > 16 else 128
-    block_n = 256 if narrow and block_m == 128 and wide else 128
+    block_n = min(widest, 256 if narrow and block_m == 128 else 128)
     block_k = 64 if narrow else 32
     num_warps = 8 if block_m == 128 else 4
     blocks = -(-rows // block_m)
@@ -399,8 +398,8 @@ def nearest_token(
 
 
 def wide_tiles(device: torch.device) -> bool:
-    """Whether the matrix unit reads its operands from shared memory, which leaves registers for wider tiles."""
-    return device.type != "cpu" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+    """Whether the matrix unit takes operands from shared memory and sums in registers: wider tiles then fit these."""
+    return device.type != "cpu" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,11 @@ def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lau
 
 
 @contextlib.contextmanager
-def recorded(amd: bool = False) -> Iterator[list[Launch]]:
-    """While it lasts, kernels are not launched but listed, and launchers take tensors on the CPU for the GPU's."""
+def recorded(amd: bool = False, wide_tiles: bool = False) -> Iterator[list[Launch]]:
+    """While it lasts, kernels are not launched but listed, and launchers take tensors on the CPU for the GPU's.
+
+    ``amd`` and ``wide_tiles`` are what the launch table asks about that GPU.
+    """
     import triton
     from vgf_fast.kernels import launch
 
@@ -106,6 +109,7 @@ def recorded(amd: bool = False) -> Iterator[list[Launch]]:
         mock.patch.object(launch, "interpreted", return_value=True),
         mock.patch.object(launch, "precision", return_value="tf32"),
         mock.patch.object(launch, "processors", return_value=PROCESSORS),
+        mock.patch.object(launch, "wide_tiles", return_value=wide_tiles),
         mock.patch.object(torch.version, "hip", "6.0" if amd else None),
     ):
         yield launches
@@ -196,6 +200,27 @@ def training(dtype: torch.dtype) -> None:
     loss.backward()
 
 
+def nearest(dtype: torch.dtype, rows: int, vocabulary: int, width: int) -> None:
+    """The nearest tokens of so many rows, and of few."""
+    from vgf_fast.kernels import nearest_token
+
+    queries, table = torch.empty(rows, width, dtype=dtype), torch.empty(vocabulary, width, dtype=dtype)
+    mask = torch.ones(vocabulary, dtype=torch.bool)
+    for k in (1, 20):
+        nearest_token.nearest_token(queries, table, k, "l2", mask)
+    nearest_token.nearest_token(queries, table, 1, "cosine", log_prior=torch.zeros(vocabulary))
+    nearest_token.nearest_token(queries[:8], table, 20, "l2", mask)
+
+
+def token_flow() -> None:
+    """The direction between responses of 128 tokens of 768 dimensions."""
+    from vgf_fast.kernels import token_flow
+
+    for particles in (8, 32, 128):
+        x = torch.empty(particles, 128 * 768)
+        token_flow.token_svgd_direction(x, x, 0.1)
+
+
 SCENARIOS: dict[str, tuple[Callable[[], None], bool]] = {
     # name: what to run, and whether it is of the paper's sizes, where nothing may spill
     "flow bf16": (lambda: flow(torch.bfloat16), True),
@@ -209,6 +234,9 @@ SCENARIOS: dict[str, tuple[Callable[[], None], bool]] = {
     "training tf32": (lambda: training(torch.float32), True),
     "particles float32": (lambda: particle_step(torch.float32), True),
     "particles bf16": (lambda: particle_step(torch.bfloat16), True),
+    "nearest bf16": (lambda: nearest(torch.bfloat16, 4096, 128_256, 4096), True),
+    "nearest tf32": (lambda: nearest(torch.float32, 512, 30_522, 384), True),
+    "token flow": (token_flow, True),
 }
 
 
@@ -271,7 +299,7 @@ def rows(targets: tuple[str, ...] = TARGETS, scenarios: tuple[str, ...] = tuple(
         for name, (make, is_paper_size) in SCENARIOS.items():
             if name not in scenarios:
                 continue
-            with recorded(amd=target.startswith("gfx")) as launches:
+            with recorded(target.startswith("gfx"), target == "sm_90") as launches:
                 make()
             for launch in launches:
                 if launch.key in seen:

@@ -41,6 +41,9 @@ BOUNDS = {
     "aggregate": {F32: 2.5e-7, BF16: 2**-7, F16: 2**-10},
     "td_target": {F32: 5e-7},
     "cumulative_probability": {F32: 1e-6},
+    # Relative to the sum of the absolute terms of each score.
+    "nearest_score": {F32: 2e-6},
+    "token_svgd_direction": {F32: 1e-6},
 }
 FLOOR = {F32: 2**-23, BF16: 2**-7, F16: 2**-10}
 

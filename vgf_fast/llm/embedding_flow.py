@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from vgf_fast.config import TransportBudget
-from vgf_fast.llm._plain import nearest_token, token_svgd_direction
 from vgf_fast.llm.decoding import BeamDecoder, Decoding
+from vgf_fast.llm.nearest import nearest_token
 from vgf_fast.llm.reference_model import ReferenceModel
 from vgf_fast.llm.result import AlignResult, Response, Transport, Usage
 from vgf_fast.llm.reward import Reward, RewardModel
+from vgf_fast.llm.token_flow import token_svgd_direction
 
 Mode = Literal["projected", "plain"]
 Update = Literal["normalized", "adam", "ascent"]
