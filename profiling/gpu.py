@@ -155,6 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         say(f"no GPU that torch {torch.__version__} can use: nothing to do")
         return 0
+    if importlib.util.find_spec("vgf_fast.kernels") is None:
+        say("vgf_fast is not installed: pip install --no-deps --no-build-isolation -e .")
+        return 1
     start = time.monotonic()
     results = given.out.resolve()
     results.mkdir(parents=True, exist_ok=True)
