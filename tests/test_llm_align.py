@@ -158,7 +158,20 @@ def test_other_settings_and_prompts_are_refused(paths, tmp_path, capsys):
     arguments[arguments.index("--prompts") + 1] = str(other)
     assert cli.main(arguments) == 1
     assert "which the prompts given do not" in capsys.readouterr().err
+    assert out.read_bytes() == before
     out.write_text("not ours\n")
     assert cli.main(command(paths, out)) == 1
     assert "line 1: not written by an alignment" in capsys.readouterr().err
-    assert before
+
+
+def test_what_is_written_stays_when_a_prompt_cannot_be_aligned(paths, whole, tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("\n".join([*PROMPTS[:2], "the " * 60, *PROMPTS[3:]]) + "\n")
+    arguments = command(paths, out)
+    arguments[arguments.index("--prompts") + 1] = str(prompts)
+    assert cli.main(arguments) == 1
+    assert "at most 48: shorten" in " ".join(capsys.readouterr().err.split())
+    assert without_time(rows(out)) == without_time(whole[:2])
+    # With the prompt put right it goes on there.
+    assert cli.main(command(paths, out)) == 0
+    assert without_time(rows(out)) == without_time(whole)

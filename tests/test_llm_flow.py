@@ -9,6 +9,7 @@ from language import byte_pairs, causal, classifier, wordpiece
 from vgf_fast import TransportBudget
 from vgf_fast.llm import (
     BestOfN,
+    CallableReward,
     Decoding,
     EmbeddingFlow,
     LatentFlow,
@@ -19,6 +20,7 @@ from vgf_fast.llm import (
     Usage,
     compare,
 )
+from vgf_fast.llm.decoding import BeamDecoder
 
 PROMPTS = ["the old man", "a dog sees the"]
 SMALL = {"max_new_tokens": 6, "min_new_tokens": 3}
@@ -152,6 +154,62 @@ def test_plain_mode_needs_no_reference():
     assert result.responses[0][0].feasible
 
 
+@pytest.mark.parametrize("mode", ["projected", "plain"])
+def test_a_particle_keeps_every_step_whatever_was_decoded(mode):
+    """Under a reward that is linear in the embeddings all steps are the same: after L of them u is L steps away."""
+    tokenizer = wordpiece()
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, generator=generator)
+    table = torch.randn(len(tokenizer), 6, generator=generator)
+    reward = CallableReward(lambda e, mask: ((e @ weight) * mask).sum(1), tokenizer, table)
+    aligner = method(EmbeddingFlow, (reward, ReferenceModel(causal("gpt2", tokenizer), tokenizer)), mode=mode)
+    budget = TokenBudget(steps=5, step_size=0.4)
+    seen = set()
+    result = aligner.align(PROMPTS, budget=budget, num_particles=3, seed=0)
+    for prompt, responses in zip(PROMPTS, result.responses, strict=True):
+        for r in responses:
+            assert r.travelled == pytest.approx(5 * 0.4 * aligner.unit * math.sqrt(r.tokens), rel=1e-5)
+            encode = aligner.vocabulary.encode
+            start = reward.evaluate([encode(prompt)], [encode(r.start_text)])[0].item()
+            gain = 5 * 0.4 * aligner.unit * weight.norm().item() * r.tokens
+            assert r.continuous_reward == pytest.approx(start + gain, rel=1e-4)
+            seen.add(r.text != r.start_text)
+    assert True in seen
+
+
+@pytest.mark.parametrize("start", [0, 2, 4, 8])
+def test_the_weight_found_is_fluent_and_the_next_lower_one_is_not(start):
+    reward, reference = models()
+    vocabulary = reward.vocabulary
+    decoder = BeamDecoder(reference, vocabulary, reward.table, 1.0, Decoding(closeness=2.0))
+    weights = decoder.how.weights
+    prompt, generator = vocabulary.encode("the old man"), torch.Generator().manual_seed(1)
+    current = tuple(vocabulary.encode("walks near river and sleeps"))
+    noise = torch.randn(6, len(current), 16, generator=generator)
+    particles = reward.embed(torch.tensor(current)) + noise
+    near = decoder.near(particles)
+    found_at = set()
+    for row, bound in enumerate((2.0, 15.0, 20.0, 30.0, 60.0, 1e9)):
+        one = particles[row : row + 1]
+        (found,), (place,) = decoder.search([prompt], one, [current], [bound], [start])
+
+        def fit(at, row=row, one=one, bound=bound):
+            (beam,) = decoder.beams([prompt], one, near[row : row + 1], [current], [weights[at]])
+            fits = [
+                h for h in beam if h.perplexity <= bound and h.ids != current and vocabulary.comes_back(list(h.ids))
+            ]
+            return fits[0] if fits else None
+
+        if found is None:
+            assert all(fit(at) is None for at in range(start, len(weights)))
+            continue
+        found_at.add(place)
+        assert found.ids == fit(place).ids
+        assert place == 0 or place > start or fit(place - 1) is None
+        assert all(fit(at) is None for at in range(start, place))
+    assert found_at
+
+
 @pytest.mark.parametrize("update", ["normalized", "adam", "ascent"])
 @pytest.mark.parametrize("svgd", [False, True])
 def test_particles_stay_within_the_papers_bound(update, svgd):
@@ -215,8 +273,6 @@ def test_perplexity_can_be_bounded_by_number():
 def test_beam_of_full_width_finds_the_best_of_all_texts():
     """Three places, every token a candidate: the beam's best is the best of an exhaustive search."""
     from itertools import product
-
-    from vgf_fast.llm.decoding import BeamDecoder
 
     reward, reference = models()
     vocabulary = reward.vocabulary
