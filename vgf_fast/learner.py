@@ -388,6 +388,9 @@ class Learner:
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps is {steps!r}, expected an integer >= 0")
+        if not hasattr(dataset, "sample"):
+            kind = type(dataset).__name__
+            raise TypeError(f"dataset is a {kind}, expected a Dataset: vgf_fast.data.Dataset.from_arrays makes one")
         for name, size in (("observation_dim", dataset.observation_dim), ("action_dim", dataset.action_dim)):
             if size != getattr(self.policy.config, name):
                 raise ValueError(
