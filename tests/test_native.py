@@ -78,9 +78,33 @@ def test_critic_at_the_papers_width(particles):
     check(module, *networks.states_and_actions(1, particles, OBSERVATION_DIM, 8), "mean", many=True)
 
 
+@pytest.mark.parametrize("aggregation", ["mean", "min"])
+@pytest.mark.parametrize(("states", "particles"), [(26, 10), (300, 1), (5, 61), (2, 128)])
+@pytest.mark.parametrize(
+    ("widths", "members", "layer_norm", "activation"),
+    [((64, 48, 16, 112), 2, True, "relu"), ((32,), 3, True, "swish"), ((80, 32), 1, False, "gelu")],
+)
+def test_many_rows_in_chunks(widths, members, layer_norm, activation, states, particles, aggregation):
+    """Chunks of several states and of one, the last one shorter; panels of 32 columns and of 16."""
+    module = networks.critic(OBSERVATION_DIM, 3, widths, members, layer_norm, activation)
+    check(module, *networks.states_and_actions(states, particles, OBSERVATION_DIM, 3), aggregation)
+
+
+def test_rows_do_not_depend_on_their_number():
+    """A state's numbers are the same alone, with the weights in place, and among many, with them packed."""
+    critic, velocity = networks.critic(OBSERVATION_DIM, 3, (64, 48)), networks.velocity(OBSERVATION_DIM, 3, (64, 48))
+    states, actions = networks.states_and_actions(40, 10, OBSERVATION_DIM, 3)
+    many = native.NativeCriticAtStates(critic.stacked(), states, 10).values(actions)
+    one = native.NativeCriticAtStates(critic.stacked(), states[7:8], 10).values(actions[7:8])
+    torch.testing.assert_close(one[:, 0], many[:, 7], rtol=1e-6, atol=1e-6)
+    many = native.behavior_flow(velocity.stacked(), states, actions, 3)
+    one = native.behavior_flow(velocity.stacked(), states[7:8], actions[7:8], 3)
+    torch.testing.assert_close(one[0], many[7], rtol=1e-6, atol=1e-6)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
-    states=st.integers(1, 4),
+    states=st.sampled_from([1, 2, 3, 4, 90]),
     particles=st.integers(1, 17),
     action_dim=st.integers(1, 9),
     widths=st.lists(st.sampled_from([16, 48, 80]), min_size=1, max_size=4),
@@ -118,13 +142,16 @@ def test_bfloat16_weights():
     assert relative_error(native.behavior_flow(field, states, actions, 4), truth) < 1e-5
 
 
-def test_threads_change_no_bit(monkeypatch):
+@pytest.mark.parametrize("batch", [2, 40])
+def test_threads_change_no_bit(batch, monkeypatch):
+    monkeypatch.setattr(native, "PRODUCTS_A_THREAD", 1)
     module = networks.critic(OBSERVATION_DIM, 3, (144, 80, 48), members=3)
-    states, actions = networks.states_and_actions(2, 11, OBSERVATION_DIM, 3)
+    states, actions = networks.states_and_actions(batch, 11, OBSERVATION_DIM, 3)
     found = []
     for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         at_states = native.NativeCriticAtStates(module.stacked(), states, 11)
-        at_states.threads = threads
+        assert at_states.threads == threads
         found.append(at_states.values_and_score(actions, "min"))
     for q, score in found[1:]:
         assert torch.equal(q, found[0][0])
@@ -183,7 +210,8 @@ def test_where_it_is_taken():
         return type(reference.critic_at_states(weights, states, particles))
 
     assert form(weights) is form(weights.to(torch.bfloat16)) is native.NativeCriticAtStates
-    assert form(weights, 200) is not native.NativeCriticAtStates
+    assert form(weights, 200) is native.NativeCriticAtStates
+    assert form(weights.to(torch.bfloat16), 200) is not native.NativeCriticAtStates
     odd = networks.critic(OBSERVATION_DIM, 3, (33, 16)).stacked()
     strided = weights._replace(weights=tuple(w.transpose(1, 2).contiguous().transpose(1, 2) for w in weights.weights))
     for other in (odd, strided, weights.to(torch.float64), weights.to(torch.float16)):

@@ -196,7 +196,7 @@ def critic_at_states(
     """
     rows = observations.shape[0] * particles
     if native.pays(critic, rows, observations):
-        return native.NativeCriticAtStates(critic, observations, particles)
+        return native.NativeCriticAtStates(critic, observations, particles, backward)
     if not blocked.pays(critic, rows):
         return CriticAtStates(critic, observations)
     rows = min(rows, blocked.chunk_rows(critic))

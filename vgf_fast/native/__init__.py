@@ -28,7 +28,8 @@ from torch import Tensor
 
 from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights
 
-MAX_ROWS = 256  # from which on PyTorch's products are as fast
+MANY_ROWS = 256  # from which on weights are packed and rows taken in chunks
+CHUNK_ROWS = 60
 WIDTHS = 16  # hidden widths are multiples of it
 MAX_LAYERS = 32
 PRODUCTS_A_THREAD = 50_000  # multiplications of a layer that pay for another thread
@@ -43,6 +44,9 @@ logger = logging.getLogger("vgf_fast")
 # --- the library -----------------------------------------------------------------------------------------------------
 
 
+_POINTERS = ("weight", "packed", "transposed", "bias", "scale", "shift")
+
+
 class _Network(ctypes.Structure):
     """``struct mlp``."""
 
@@ -52,7 +56,7 @@ class _Network(ctypes.Structure):
             for name in ("members", "hidden", "rest", "out", "activation", "half", "first_stride")
         ),
         ("widths", ctypes.POINTER(ctypes.c_int64)),
-        *((name, ctypes.POINTER(ctypes.c_void_p)) for name in ("weight", "bias", "scale", "shift")),
+        *((name, ctypes.POINTER(ctypes.c_void_p)) for name in _POINTERS),
     )
 
 
@@ -130,13 +134,15 @@ def library() -> ctypes.CDLL | None:
         return None
     whole, pointer = ctypes.c_int64, ctypes.c_void_p
     network = ctypes.POINTER(_Network)
-    found.vgf_workspace.restype = whole
-    found.vgf_workspace.argtypes = (network, whole, whole)
-    common = (pointer, ctypes.c_float, whole)
-    found.vgf_critic.restype = None
-    found.vgf_critic.argtypes = (network, pointer, pointer, whole, whole, whole, pointer, pointer, *common)
-    found.vgf_behavior_flow.restype = None
-    found.vgf_behavior_flow.argtypes = (network, pointer, pointer, whole, whole, whole, *common)
+    common = (pointer, ctypes.c_float, whole, whole)
+    for name, result, arguments in (
+        ("workspace", whole, (network, *(whole,) * 4)),
+        ("pack", None, (pointer, pointer, *(whole,) * 5)),
+        ("critic", None, (network, pointer, pointer, whole, whole, whole, pointer, pointer, *common)),
+        ("behavior_flow", None, (network, pointer, pointer, pointer, whole, whole, whole, *common)),
+    ):
+        function = getattr(found, f"vgf_{name}")
+        function.restype, function.argtypes = result, arguments
     return found
 
 
@@ -165,10 +171,13 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def pays(mlp: MLPWeights, rows: int, observations: Tensor) -> bool:
-    """Whether to take this form for ``rows`` rows: few of them, a network it can read, and a library."""
+    """Whether to take this form for ``rows`` rows: a network it can read, and a library.
+
+    Many rows in bfloat16 are left to PyTorch, whose products then use the CPU's own of that type.
+    """
     first, hidden = mlp.weights[0], mlp.weights[:-1]
     return (
-        0 < rows < MAX_ROWS
+        0 < rows < (MANY_ROWS if first.dtype == torch.bfloat16 else sys.maxsize)
         and not _chosen_off.get()
         and first.device.type == "cpu"
         and first.dtype in _DTYPES
@@ -181,42 +190,66 @@ def pays(mlp: MLPWeights, rows: int, observations: Tensor) -> bool:
 
 
 class StackAtStates:
-    """A stack of perceptrons on [state, rest] bound to B states, whose share of the first layer is computed once."""
+    """A stack of perceptrons on [state, rest] bound to B states, whose share of the first layer is computed once.
 
-    def __init__(self, mlp: MLPWeights, observations: Tensor, particles: int) -> None:
+    ``backward``: whether gradients are wanted.
+    """
+
+    def __init__(self, mlp: MLPWeights, observations: Tensor, particles: int, backward: bool) -> None:
         mlp = mlp.detach()
         found = library()
         assert found is not None
         self.library = found
         first = mlp.weights[0]
-        members, rows, _ = first.shape
+        members, inputs, _ = first.shape
         states, width = observations.shape
         self.sizes = (states, particles)
         hidden = [weight.shape[2] for weight in mlp.weights[:-1]]
         vectors = [[tensor.float().contiguous() for tensor in group] for group in mlp[1:4]]
         x = observations.detach().float().expand(members, -1, -1)
         self.share = torch.baddbmm(vectors[0][0].unsqueeze(1), x, first[:, :width].float())
+        rows = states * particles
+        products = members * rows * max(a * b for a, b in zip(hidden, hidden[1:] or [1], strict=False))
+        self.threads = max(1, min(torch.get_num_threads(), products // PRODUCTS_A_THREAD))
+        # Whole states, as many as make full tiles and stay in the cache.
+        self.chunk = max(1, CHUNK_ROWS // particles) if rows >= MANY_ROWS else 0
+        packed: list[list[Tensor]] = [[], []]
+        if self.chunk:
+            packed = [self._pack(mlp, transpose) if wanted else [] for transpose, wanted in ((0, True), (1, backward))]
         addresses = [weight.data_ptr() for weight in mlp.weights]
         addresses[0] += width * hidden[0] * first.element_size()
-        scale, shift = (_pointers([t.data_ptr() for t in group]) if group else None for group in vectors[1:])
         self.network = _Network(
-            *(members, len(hidden), rows - width, mlp.weights[-1].shape[2], _ACTIVATIONS[mlp.activation]),
-            *(first.dtype == torch.bfloat16, rows * hidden[0], (ctypes.c_int64 * len(hidden))(*hidden)),
-            *(_pointers(addresses), _pointers([t.data_ptr() for t in vectors[0]]), scale, shift),
+            *(members, len(hidden), inputs - width, mlp.weights[-1].shape[2], _ACTIVATIONS[mlp.activation]),
+            *(first.dtype == torch.bfloat16, inputs * hidden[0], (ctypes.c_int64 * len(hidden))(*hidden)),
+            _pointers(addresses),
+            *(_pointers([0, *(t.data_ptr() for t in group)]) if group else None for group in packed),
+            *(_pointers([t.data_ptr() for t in group]) if group else None for group in vectors),
         )
         # The structure holds addresses; these hold the memory.
-        self._alive = (mlp, vectors)
-        products = members * states * particles * max(a * b for a, b in zip(hidden, hidden[1:] or [1], strict=False))
-        self.threads = max(1, min(torch.get_num_threads(), products // PRODUCTS_A_THREAD))
-        count = found.vgf_workspace(self.network, states, states * particles)
+        self._alive = (mlp, vectors, packed)
+        count = found.vgf_workspace(self.network, *self.sizes, self.chunk, self.threads)
         self.workspace = torch.empty(count, dtype=torch.float32)
 
-    def _common(self) -> tuple[int, float, int]:
-        return self.workspace.data_ptr(), LAYER_NORM_EPS, self.threads
+    def _pack(self, mlp: MLPWeights, transpose: int) -> list[Tensor]:
+        """The hidden layers' weights after the first, laid out for products with many rows."""
+        packed = []
+        for weight in mlp.weights[1:-1]:
+            members, inputs, outputs = weight.shape
+            sizes = (members, outputs, inputs) if transpose else (members, inputs, outputs)
+            out = torch.empty(weight.shape, dtype=torch.float32)
+            self.library.vgf_pack(weight.data_ptr(), out.data_ptr(), *sizes, transpose, self.threads)
+            packed.append(out)
+        return packed
+
+    def _common(self) -> tuple[int, float, int, int]:
+        return self.workspace.data_ptr(), LAYER_NORM_EPS, self.chunk, self.threads
 
 
 class NativeCriticAtStates(StackAtStates):
-    """``reference.CriticAtStates`` for B states with N particles each."""
+    """``reference.CriticAtStates`` for B states with N particles each; ``backward`` if scores are wanted."""
+
+    def __init__(self, mlp: MLPWeights, observations: Tensor, particles: int, backward: bool = True) -> None:
+        super().__init__(mlp, observations, particles, backward)
 
     def values(self, actions: Tensor) -> Tensor:
         """Q of every member: actions [B, N, A] -> [E, B, N], in float32."""
@@ -248,10 +281,12 @@ class NativeCriticAtStates(StackAtStates):
 
 def behavior_flow(velocity: MLPWeights, observations: Tensor, noise: Tensor, steps: int) -> Tensor:
     """``reference.behavior_flow``: observations [B, O], noise [B, N, A] -> particles [B, N, A]."""
-    field = StackAtStates(velocity, observations, noise.shape[1])
+    field = StackAtStates(velocity, observations, noise.shape[1], backward=False)
     x = noise.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    head = velocity.weights[-1][0].detach().float().t().contiguous()
     field.library.vgf_behavior_flow(
-        field.network, field.share.data_ptr(), x.data_ptr(), *field.sizes, steps, *field._common()
+        *(field.network, field.share.data_ptr(), head.data_ptr(), x.data_ptr()),
+        *(*field.sizes, steps, *field._common()),
     )
     return x.to(noise.dtype)
 

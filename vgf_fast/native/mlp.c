@@ -1,19 +1,15 @@
-/* Perceptrons at few rows on a CPU: an ensemble's values and action gradient, and the Euler steps of a velocity field.
+/* Perceptrons at particles on a CPU: an ensemble's values and action gradient, and the Euler steps of a velocity field.
 
-   One call runs all layers in one team of threads. With few rows a product costs what reading its weights costs, so
-   they are read where PyTorch keeps them, [in, out] row by row, forward and backward: no copy of them can go stale.
+   One call runs all layers. Few rows are shared out by columns, in one team of threads, and the weights are read where
+   PyTorch keeps them, [in, out] row by row, forward and backward. Many rows are shared out in chunks, each of which a
+   thread takes through all layers while they stay in its cache, with weights that `vgf_pack` has laid out.
    The order of every sum is fixed and does not depend on the number of threads. Widths of hidden layers are multiples
    of 16. Shapes: B states, N particles, R = B N rows, E members, H hidden units, A action entries. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef _OPENMP
 #include <omp.h>
-#else
-static int omp_get_thread_num(void) { return 0; }
-static int omp_get_num_threads(void) { return 1; }
-#endif
 
 #if defined(__AVX512F__)
 #define V 16
@@ -47,6 +43,7 @@ typedef float vec4_unaligned __attribute__((vector_size(16), aligned(4)));
 
 enum { RELU, GELU, SWISH };
 #define MOST_LAYERS 32
+#define PANEL 32 /* columns that lie together in a packed weight */
 
 /* E perceptrons of one shape, on [state, rest]. */
 struct mlp {
@@ -55,6 +52,8 @@ struct mlp {
   int64_t first_stride;      /* entries between members of the first weight, which has rows for the state too */
   const int64_t *widths;     /* [hidden] */
   const void *const *weight; /* [hidden + 1] of [E, in, out], the first from the rest's first row on */
+  const float *const *packed;     /* [hidden] of what vgf_pack wrote, the first not read; null without */
+  const float *const *transposed; /* likewise, of the transposed weights */
   const float *const *bias;  /* [hidden + 1] of [E, out]; the first is in the states' share, and not read */
   const float *const *scale; /* [hidden] of [E, H], or null without LayerNorm */
   const float *const *shift;
@@ -71,14 +70,6 @@ INLINE vec load_weight(const void *base, int64_t index, int half) {
   vech narrow = *(const vech_unaligned *)((const uint16_t *)base + index);
   veci wide = __builtin_convertvector(narrow, veci) << 16;
   return (vec)wide;
-}
-
-INLINE float weight_at(const void *base, int64_t index, int half) {
-  if (!half) return ((const float *)base)[index];
-  uint32_t wide = (uint32_t)((const uint16_t *)base)[index] << 16;
-  float x;
-  memcpy(&x, &wide, 4);
-  return x;
 }
 
 INLINE vec4 quarter(vec x) {
@@ -146,19 +137,19 @@ INLINE vec activate_backward(vec g, vec y, int64_t kind) {
 
 /* ---- products ---- */
 
-/* out [rows, 1 or 2 vectors] = init + a [rows, depth] w [depth, .]; row r of init is at init + (r0 + r) / repeat * ld. */
+/* out [rows, 1 or 2 vectors] = a [rows, depth] w [depth, .], plus row (r0 + r) / repeat of init unless it is null. */
 INLINE void forward_tile(int rows, int vectors, int half, float *out, int64_t ld, const float *a, int64_t lda,
-                         const void *w, int64_t depth, const float *init, int64_t r0, int64_t repeat) {
+                         const void *w, int64_t ldw, int64_t depth, const float *init, int64_t r0, int64_t repeat) {
   vec sum[12][2];
 #pragma GCC unroll 12
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; v++) sum[r][v] = load(init + (r0 + r) / repeat * ld + v * V);
+    for (int v = 0; v < vectors; v++) sum[r][v] = init ? load(init + (r0 + r) / repeat * ld + v * V) : (vec){0};
   for (int64_t k = 0; k < depth; k++) {
     vec b[2];
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; v++) b[v] = load_weight(w, k * ld + v * V, half);
-    const char *next = (const char *)w + (k + AHEAD) * ld * (half ? 2 : 4);
+    for (int v = 0; v < vectors; v++) b[v] = load_weight(w, k * ldw + v * V, half);
+    const char *next = (const char *)w + (k + AHEAD) * ldw * (half ? 2 : 4);
     __builtin_prefetch(next);
     if (!half) __builtin_prefetch(next + 64);
 #pragma GCC unroll 12
@@ -180,20 +171,23 @@ INLINE int rows_at_once(int64_t left) {
     if (sizes[i] <= left && sizes[i] <= ROWS_FORWARD) return sizes[i];
 }
 
-/* Columns [from, to) of out [R, ld] = init + a [R, depth] w [depth, ld]. */
-INLINE void forward_columns(int half, float *out, int64_t ld, const float *a, int64_t lda, const void *w, int64_t depth,
-                            const float *init, int64_t repeat, int64_t rows, int64_t from, int64_t to) {
+/* Columns [from, to) of out [R, ld] = a [R, depth] w [depth, ld], plus init as above. packed: w is as vgf_pack writes. */
+INLINE void forward_columns(int half, int packed, float *out, int64_t ld, const float *a, int64_t lda, const void *w,
+                            int64_t depth, const float *init, int64_t repeat, int64_t rows, int64_t from, int64_t to) {
   for (int64_t c = from; c < to;) {
     int vectors = c + 2 * V <= to ? 2 : 1;
-    const void *at = (const char *)w + c * (half ? 2 : 4);
+    int64_t panel = c / PANEL * PANEL;
+    int64_t ldw = !packed ? ld : ld - panel < PANEL ? ld - panel : PANEL;
+    const void *at = (const char *)w + (packed ? panel * depth + (c - panel) : c) * (half ? 2 : 4);
+    const float *start = init ? init + c : 0;
     for (int64_t r = 0; r < rows;) {
       int count = rows_at_once(rows - r);
 #define TILE(n)                                                                                                        \
   case n:                                                                                                              \
     if (vectors == 2)                                                                                                  \
-      forward_tile(n, 2, half, out + r * ld + c, ld, a + r * lda, lda, at, depth, init + c, r, repeat);               \
+      forward_tile(n, 2, half, out + r * ld + c, ld, a + r * lda, lda, at, ldw, depth, start, r, repeat);              \
     else                                                                                                               \
-      forward_tile(n, 1, half, out + r * ld + c, ld, a + r * lda, lda, at, depth, init + c, r, repeat);               \
+      forward_tile(n, 1, half, out + r * ld + c, ld, a + r * lda, lda, at, ldw, depth, start, r, repeat);              \
     break;
       switch (count) {
         TILE(1)
@@ -280,14 +274,17 @@ INLINE void backward_outputs(int half, float *out, int64_t ld, const float *g, i
 
 /* ---- a team's share of a phase ---- */
 
+/* Threads that go through the layers together. */
+struct team {
+  int64_t thread, threads;
+};
+
 struct span {
   int64_t from, to;
 };
 
-/* Items of `unit` entries each, over all members; thread t of T takes a run of them. */
-static struct span share_of(int64_t items) {
-  int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-  return (struct span){items * thread / threads, items * (thread + 1) / threads};
+static struct span share_of(struct team team, int64_t items) {
+  return (struct span){items * team.thread / team.threads, items * (team.thread + 1) / team.threads};
 }
 
 /* This thread's part of `items` in each member, over members that are split in one run. */
@@ -296,38 +293,54 @@ static struct span within(struct span whole, int64_t member, int64_t items) {
   return (struct span){from < 0 ? 0 : from, to > items ? items : to};
 }
 
-static void product_forward(const struct mlp *net, int64_t layer, float *out, const float *a, int64_t lda,
+static inline void wait_for(struct team team) {
+  if (team.threads > 1) {
+#pragma omp barrier
+  }
+}
+
+/* out [E, R, H] = a [E or 1, R, depth] w, plus init. */
+static void product_forward(const struct mlp *net, struct team team, int64_t layer, float *out, const float *a,
                             int64_t a_member, int64_t depth, const float *init, int64_t init_member, int64_t repeat,
                             int64_t rows) {
-  int64_t width = net->widths[layer], blocks = (width + 31) / 32, entry = net->half ? 2 : 4;
+  int64_t width = net->widths[layer], blocks = (width + PANEL - 1) / PANEL, entry = net->half ? 2 : 4;
   int64_t stride = layer == 0 ? net->first_stride : depth * width;
-  struct span mine = share_of(net->members * blocks);
+  int packed = layer > 0 && net->packed;
+  const char *weight = packed ? (const char *)net->packed[layer] : (const char *)net->weight[layer];
+  struct span mine = share_of(team, net->members * blocks);
   for (int64_t e = mine.from / blocks; e < net->members && e * blocks < mine.to; e++) {
     struct span part = within(mine, e, blocks);
-    int64_t from = part.from * 32, to = part.to * 32 < width ? part.to * 32 : width;
-    const void *w = (const char *)net->weight[layer] + e * stride * entry;
+    int64_t from = part.from * PANEL, to = part.to * PANEL < width ? part.to * PANEL : width;
+    const void *w = weight + e * stride * entry;
     float *to_member = out + e * rows * width;
     const float *from_member = a + e * a_member, *start = init + e * init_member;
-    if (net->half)
-      forward_columns(1, to_member, width, from_member, lda, w, depth, start, repeat, rows, from, to);
+    if (packed)
+      forward_columns(0, 1, to_member, width, from_member, depth, w, depth, start, repeat, rows, from, to);
+    else if (net->half)
+      forward_columns(1, 0, to_member, width, from_member, depth, w, depth, start, repeat, rows, from, to);
     else
-      forward_columns(0, to_member, width, from_member, lda, w, depth, start, repeat, rows, from, to);
+      forward_columns(0, 0, to_member, width, from_member, depth, w, depth, start, repeat, rows, from, to);
   }
 }
 
 /* out [E, R, outputs] = g [E, R, width] w^T. */
-static void product_backward(const struct mlp *net, int64_t layer, float *out, const float *g, int64_t outputs,
-                             int64_t rows) {
-  int64_t width = net->widths[layer], blocks = (outputs + 3) / 4, entry = net->half ? 2 : 4;
+static void product_backward(const struct mlp *net, struct team team, int64_t layer, float *out, const float *g,
+                             int64_t outputs, int64_t rows) {
+  int packed = layer > 0 && net->transposed;
+  int64_t unit = packed ? PANEL : OUTPUTS_BACKWARD;
+  int64_t width = net->widths[layer], blocks = (outputs + unit - 1) / unit, entry = net->half ? 2 : 4;
   int64_t stride = layer == 0 ? net->first_stride : outputs * width;
-  struct span mine = share_of(net->members * blocks);
+  const char *weight = packed ? (const char *)net->transposed[layer] : (const char *)net->weight[layer];
+  struct span mine = share_of(team, net->members * blocks);
   for (int64_t e = mine.from / blocks; e < net->members && e * blocks < mine.to; e++) {
     struct span part = within(mine, e, blocks);
-    int64_t from = part.from * 4, to = part.to * 4 < outputs ? part.to * 4 : outputs;
-    const void *w = (const char *)net->weight[layer] + e * stride * entry;
+    int64_t from = part.from * unit, to = part.to * unit < outputs ? part.to * unit : outputs;
+    const void *w = weight + e * stride * entry;
     float *to_member = out + e * rows * outputs;
     const float *from_member = g + e * rows * width;
-    if (net->half)
+    if (packed)
+      forward_columns(0, 1, to_member, outputs, from_member, width, w, width, 0, rows, rows, from, to);
+    else if (net->half)
       backward_outputs(1, to_member, outputs, from_member, width, w, width, width, rows, from, to);
     else
       backward_outputs(0, to_member, outputs, from_member, width, w, width, width, rows, from, to);
@@ -379,10 +392,10 @@ INLINE void finish_row_backward(float *g, const float *x, float rstd, int64_t wi
   for (int64_t j = 0; j < width; j += V) store(g + j, (load(g + j) - mean - load(x + j) * slope) * rstd);
 }
 
-static void finish_rows(const struct mlp *net, int64_t layer, float *z, float *h, float *rstd, int64_t rows,
-                        float eps) {
+static void finish_rows(const struct mlp *net, struct team team, int64_t layer, float *z, float *h, float *rstd,
+                        int64_t rows, float eps) {
   int64_t width = net->widths[layer];
-  struct span mine = share_of(net->members * rows);
+  struct span mine = share_of(team, net->members * rows);
   for (int64_t r = mine.from; r < mine.to; r++) {
     int64_t e = r / rows;
     const float *scale = net->scale ? net->scale[layer] + e * width : 0;
@@ -396,10 +409,10 @@ static void finish_rows(const struct mlp *net, int64_t layer, float *z, float *h
   }
 }
 
-static void finish_rows_backward(const struct mlp *net, int64_t layer, float *g, const float *x, const float *rstd,
-                                 int64_t rows) {
+static void finish_rows_backward(const struct mlp *net, struct team team, int64_t layer, float *g, const float *x,
+                                 const float *rstd, int64_t rows) {
   int64_t width = net->widths[layer];
-  struct span mine = share_of(net->members * rows);
+  struct span mine = share_of(team, net->members * rows);
   for (int64_t r = mine.from; r < mine.to; r++) {
     int64_t e = r / rows;
     const float *scale = net->scale ? net->scale[layer] + e * width : 0;
@@ -414,25 +427,26 @@ static void finish_rows_backward(const struct mlp *net, int64_t layer, float *g,
   }
 }
 
-/* ---- what Python calls ---- */
+/* ---- a network at the rows of a team ---- */
 
-/* Floats of workspace that the calls below need for R rows of B states. */
-int64_t vgf_workspace(const struct mlp *net, int64_t states, int64_t rows) {
+/* Floats that R rows of B states need. */
+static int64_t floats(const struct mlp *net, int64_t states, int64_t rows) {
   int64_t all = 0, most = 0;
   for (int64_t i = 0; i < net->hidden; i++) {
     all += net->widths[i];
     most = net->widths[i] > most ? net->widths[i] : most;
   }
-  int64_t a_row = all + net->hidden + 2 * most + net->rest + 1 + net->out;
-  return net->members * rows * a_row + most * (net->out + states);
+  int64_t a_row = all + net->hidden + 2 * most + net->rest + 1;
+  return net->members * rows * a_row + states * most;
 }
 
-/* Memory of a call. */
 struct memory {
   float *saved[MOST_LAYERS]; /* [E, R, H] of each layer: z, then what its backward pass needs */
   float *rstd[MOST_LAYERS];  /* [E, R] */
   float *one, *two;          /* [E, R, H] each, for what flows through the layers */
-  float *rest;
+  float *values;             /* [E, R] */
+  float *parts;              /* [E, R, rest] */
+  float *share;              /* [B, H] */
 };
 
 static struct memory divide(const struct mlp *net, int64_t rows, float *at) {
@@ -446,23 +460,26 @@ static struct memory divide(const struct mlp *net, int64_t rows, float *at) {
   }
   memory.one = at;
   memory.two = at + all * most;
-  memory.rest = at + 2 * all * most;
+  memory.values = at + 2 * all * most;
+  memory.parts = memory.values + all;
+  memory.share = memory.parts + all * net->rest;
   return memory;
 }
 
 /* From the rest's rows [R, depth] to the last activation, in memory->one. Ends without a barrier: a thread may go on
-   with its own rows. */
-static void forward(const struct mlp *net, const struct memory *memory, const float *rest, int64_t depth,
-                    const float *share, int64_t states, int64_t particles, float eps) {
+   with its own rows. share [E, ., H], members share_member entries apart. */
+static void forward(const struct mlp *net, struct team team, const struct memory *memory, const float *rest,
+                    int64_t depth, const float *share, int64_t share_member, int64_t states, int64_t particles,
+                    float eps) {
   int64_t rows = states * particles;
-  product_forward(net, 0, memory->saved[0], rest, depth, 0, depth, share, states * net->widths[0], particles, rows);
+  product_forward(net, team, 0, memory->saved[0], rest, 0, depth, share, share_member, particles, rows);
   for (int64_t i = 0; i < net->hidden; i++) {
     int64_t width = net->widths[i];
-#pragma omp barrier
-    finish_rows(net, i, memory->saved[i], memory->one, memory->rstd[i], rows, eps);
+    wait_for(team);
+    finish_rows(net, team, i, memory->saved[i], memory->one, memory->rstd[i], rows, eps);
     if (i + 1 == net->hidden) break;
-#pragma omp barrier
-    product_forward(net, i + 1, memory->saved[i + 1], memory->one, width, rows * width, width, net->bias[i + 1],
+    wait_for(team);
+    product_forward(net, team, i + 1, memory->saved[i + 1], memory->one, rows * width, width, net->bias[i + 1],
                     net->widths[i + 1], rows, rows);
   }
 }
@@ -477,79 +494,139 @@ static int64_t smallest(const float *values, int64_t members, int64_t rows, int6
   return found;
 }
 
-/* Values q [E, R] where q is not null, and where score is not null the gradient [R, A] of their mean or minimum with
-   respect to the actions [R, A]. share [E, B, H]: the state's share of the first layer, bias included. */
-void vgf_critic(const struct mlp *net, const float *share, const float *actions, int64_t states, int64_t particles,
-                int64_t minimum, float *q, float *score, float *workspace, float eps, int64_t threads) {
+static void critic(const struct mlp *net, struct team team, const float *share, int64_t share_member,
+                   const float *actions, int64_t states, int64_t particles, int64_t minimum, float *q, int64_t q_member,
+                   float *score, float *workspace, float eps) {
   int64_t rows = states * particles, members = net->members, hidden = net->hidden, all = members * rows;
   int64_t last = net->widths[hidden - 1], depth = net->rest;
   const struct memory memory = divide(net, rows, workspace);
-  float *parts = memory.rest, *values = q ? q : parts + all * depth;
-#pragma omp parallel num_threads((int)threads)
-  {
-    const void *head = net->weight[hidden];
-    const struct span mine = share_of(all);
-    float *from = memory.one, *to = memory.two;
-    forward(net, &memory, actions, depth, share, states, particles, eps);
-    if (q || minimum)
-      for (int64_t r = mine.from; r < mine.to; r++) {
-        int64_t e = r / rows;
-        vec total = {0};
-        for (int64_t j = 0; j < last; j += V) total += load(from + r * last + j) * load_weight(head, e * last + j, net->half);
-        values[r] = sum(total) + net->bias[hidden][e];
-      }
-    if (score) {
-#pragma omp barrier
-      for (int64_t r = mine.from; r < mine.to; r++) {
-        int64_t e = r / rows;
-        float part = minimum ? (float)(smallest(values, members, rows, r % rows) == e) : 1.0f / (float)members;
-        for (int64_t j = 0; j < last; j += V) store(from + r * last + j, load_weight(head, e * last + j, net->half) * part);
-      }
-      for (int64_t i = hidden - 1; i >= 0; i--) {
-        finish_rows_backward(net, i, from, memory.saved[i], memory.rstd[i], rows);
-#pragma omp barrier
-        product_backward(net, i, i > 0 ? to : parts, from, i > 0 ? net->widths[i - 1] : depth, rows);
-#pragma omp barrier
-        float *swap = from;
-        from = to;
-        to = swap;
-      }
-      struct span entries = share_of(rows * depth);
-      for (int64_t j = entries.from; j < entries.to; j++) {
-        float total = parts[j];
-        for (int64_t e = 1; e < members; e++) total += parts[e * rows * depth + j];
-        score[j] = total;
-      }
+  const void *head = net->weight[hidden];
+  const struct span mine = share_of(team, all);
+  float *from = memory.one, *to = memory.two;
+  forward(net, team, &memory, actions, depth, share, share_member, states, particles, eps);
+  if (q || minimum)
+    for (int64_t r = mine.from; r < mine.to; r++) {
+      int64_t e = r / rows;
+      vec total = {0};
+      for (int64_t j = 0; j < last; j += V)
+        total += load(from + r * last + j) * load_weight(head, e * last + j, net->half);
+      memory.values[r] = sum(total) + net->bias[hidden][e];
+      if (q) q[e * q_member + r % rows] = memory.values[r];
     }
+  if (!score) return;
+  wait_for(team);
+  for (int64_t r = mine.from; r < mine.to; r++) {
+    int64_t e = r / rows;
+    float part = minimum ? (float)(smallest(memory.values, members, rows, r % rows) == e) : 1.0f / (float)members;
+    for (int64_t j = 0; j < last; j += V) store(from + r * last + j, load_weight(head, e * last + j, net->half) * part);
+  }
+  for (int64_t i = hidden - 1; i >= 0; i--) {
+    finish_rows_backward(net, team, i, from, memory.saved[i], memory.rstd[i], rows);
+    wait_for(team);
+    product_backward(net, team, i, i > 0 ? to : memory.parts, from, i > 0 ? net->widths[i - 1] : depth, rows);
+    wait_for(team);
+    float *swap = from;
+    from = to;
+    to = swap;
+  }
+  struct span entries = share_of(team, rows * depth);
+  for (int64_t j = entries.from; j < entries.to; j++) {
+    float total = memory.parts[j];
+    for (int64_t e = 1; e < members; e++) total += memory.parts[e * rows * depth + j];
+    score[j] = total;
   }
 }
 
-/* Euler steps x <- x + v(s, x, k / steps) / steps on x [R, A], then the clip to [-1, 1]. share [B, H] as above. */
-void vgf_behavior_flow(const struct mlp *net, const float *share, float *x, int64_t states, int64_t particles,
-                       int64_t steps, float *workspace, float eps, int64_t threads) {
+/* head [A, H]: the last weight transposed. */
+static void behavior_flow(const struct mlp *net, struct team team, const float *share, const float *head, float *x,
+                          int64_t states, int64_t particles, int64_t steps, float *workspace, float eps) {
   int64_t rows = states * particles, hidden = net->hidden, out = net->out;
-  int64_t first = net->widths[0], last = net->widths[hidden - 1];
+  int64_t first = net->widths[0], last = net->widths[hidden - 1], vectors = first / V;
   const struct memory memory = divide(net, rows, workspace);
-  float *head = memory.rest, *at_time = head + out * last;
-  for (int64_t j = 0; j < last; j++)
-    for (int64_t a = 0; a < out; a++) head[a * last + j] = weight_at(net->weight[hidden], j * out + a, net->half);
-#pragma omp parallel num_threads((int)threads)
-  {
-    const struct span mine = share_of(rows), shares = share_of(states * (first / V));
-    for (int64_t k = 0; k < steps; k++) {
-      float time = (float)((double)k / (double)steps);
-      for (int64_t j = shares.from; j < shares.to; j++)
-        store(at_time + j * V, load(share + j * V) + time * load_weight(net->weight[0], out * first + j % (first / V) * V, net->half));
-#pragma omp barrier
-      forward(net, &memory, x, out, at_time, states, particles, eps);
-      const float *h = memory.one + mine.from * last;
-      float *v = memory.two + mine.from * out, *moved = x + mine.from * out;
-      backward_outputs(0, v, out, h, last, head, last, last, mine.to - mine.from, 0, out);
-      for (int64_t j = 0; j < (mine.to - mine.from) * out; j++) {
-        moved[j] += (v[j] + net->bias[hidden][j % out]) * (float)(1.0 / (double)steps);
-        if (k + 1 == steps) moved[j] = moved[j] < -1.0f ? -1.0f : moved[j] > 1.0f ? 1.0f : moved[j];
-      }
-      /* The next step's first product reads every row of x, behind the barrier above. */
+  const struct span mine = share_of(team, rows), shares = share_of(team, states * vectors);
+  for (int64_t k = 0; k < steps; k++) {
+    float time = (float)((double)k / (double)steps);
+    for (int64_t j = shares.from; j < shares.to; j++) {
+      vec weight = load_weight(net->weight[0], out * first + j % vectors * V, net->half);
+      store(memory.share + j * V, load(share + j * V) + time * weight);
     }
+    wait_for(team);
+    forward(net, team, &memory, x, out, memory.share, 0, states, particles, eps);
+    const float *h = memory.one + mine.from * last;
+    float *v = memory.two + mine.from * out, *moved = x + mine.from * out;
+    backward_outputs(0, v, out, h, last, head, last, last, mine.to - mine.from, 0, out);
+    for (int64_t j = 0; j < (mine.to - mine.from) * out; j++)
+      moved[j] += (v[j] + net->bias[hidden][j % out]) * (float)(1.0 / (double)steps);
+    /* The next step's first product reads every row of x, behind the barrier above. */
+  }
+  for (int64_t j = mine.from * out; j < mine.to * out; j++) x[j] = x[j] < -1.0f ? -1.0f : x[j] > 1.0f ? 1.0f : x[j];
+}
+
+/* ---- what Python calls ---- */
+
+/* Floats of workspace for a call with B states of N particles, in chunks of `chunk` states; 0: all together. */
+int64_t vgf_workspace(const struct mlp *net, int64_t states, int64_t particles, int64_t chunk, int64_t threads) {
+  return chunk ? threads * floats(net, chunk, chunk * particles) : floats(net, states, states * particles);
+}
+
+/* weights [E, in, out], or where transpose is set [E, out, in] -> packed [E, out / 32 panels, in, 32 or the rest]. */
+void vgf_pack(const float *weights, float *packed, int64_t members, int64_t in, int64_t out, int64_t transpose,
+              int64_t threads) {
+  int64_t panels = (out + PANEL - 1) / PANEL;
+#pragma omp parallel for num_threads((int)threads)
+  for (int64_t job = 0; job < members * panels; job++) {
+    int64_t c = job % panels * PANEL, width = out - c < PANEL ? out - c : PANEL;
+    const float *from = weights + job / panels * in * out;
+    float *to = packed + job / panels * in * out + c * in;
+    if (transpose)
+      /* In squares, so that lines of the cache are used whole on both sides. */
+      for (int64_t k0 = 0; k0 < in; k0 += 16)
+        for (int64_t j = 0; j < width; j++)
+          for (int64_t k = k0; k < k0 + 16; k++) to[k * width + j] = from[(c + j) * in + k];
+    else
+      for (int64_t k = 0; k < in; k++) memcpy(to + k * width, from + k * out + c, (size_t)width * sizeof(float));
+  }
+}
+
+/* Values q [E, R] where q is not null, and where score is not null the gradient [R, A] of their mean or minimum with
+   respect to the actions [R, A]. share [E, B, H]: the state's share of the first layer, bias included. */
+void vgf_critic(const struct mlp *net, const float *share, const float *actions, int64_t states, int64_t particles,
+                int64_t minimum, float *q, float *score, float *workspace, float eps, int64_t chunk, int64_t threads) {
+  int64_t rows = states * particles, first = net->widths[0];
+  if (!chunk) {
+#pragma omp parallel num_threads((int)threads)
+    {
+      struct team team = {omp_get_thread_num(), omp_get_num_threads()};
+      critic(net, team, share, states * first, actions, states, particles, minimum, q, rows, score, workspace, eps);
+    }
+    return;
+  }
+  int64_t each = floats(net, chunk, chunk * particles);
+#pragma omp parallel for num_threads((int)threads) schedule(dynamic)
+  for (int64_t b = 0; b < states; b += chunk) {
+    int64_t count = states - b < chunk ? states - b : chunk, r = b * particles;
+    critic(net, (struct team){0, 1}, share + b * first, states * first, actions + r * net->rest, count, particles,
+           minimum, q ? q + r : 0, rows, score ? score + r * net->rest : 0, workspace + omp_get_thread_num() * each, eps);
+  }
+}
+
+/* Euler steps x <- x + v(s, x, k / steps) / steps on x [R, A], then the clip to [-1, 1]. share [B, H] as above,
+   head [A, H] the last weight transposed. */
+void vgf_behavior_flow(const struct mlp *net, const float *share, const float *head, float *x, int64_t states,
+                       int64_t particles, int64_t steps, float *workspace, float eps, int64_t chunk, int64_t threads) {
+  if (!chunk) {
+#pragma omp parallel num_threads((int)threads)
+    {
+      struct team team = {omp_get_thread_num(), omp_get_num_threads()};
+      behavior_flow(net, team, share, head, x, states, particles, steps, workspace, eps);
+    }
+    return;
+  }
+  int64_t each = floats(net, chunk, chunk * particles);
+#pragma omp parallel for num_threads((int)threads) schedule(dynamic)
+  for (int64_t b = 0; b < states; b += chunk) {
+    int64_t count = states - b < chunk ? states - b : chunk;
+    behavior_flow(net, (struct team){0, 1}, share + b * net->widths[0], head, x + b * particles * net->out, count,
+                  particles, steps, workspace + omp_get_thread_num() * each, eps);
   }
 }
