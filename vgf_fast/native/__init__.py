@@ -137,7 +137,8 @@ def library() -> ctypes.CDLL | None:
     common = (pointer, ctypes.c_float, whole, whole)
     for name, result, arguments in (
         ("workspace", whole, (network, *(whole,) * 4)),
-        ("pack", None, (pointer, pointer, *(whole,) * 5)),
+        ("has_bfloat16", whole, ()),
+        ("pack", None, (pointer, pointer, *(whole,) * 6)),
         ("critic", None, (network, pointer, pointer, whole, whole, whole, pointer, pointer, *common)),
         ("behavior_flow", None, (network, pointer, pointer, pointer, whole, whole, whole, *common)),
     ):
@@ -173,11 +174,11 @@ def _has_memory(tensor: Tensor) -> bool:
 def pays(mlp: MLPWeights, rows: int, observations: Tensor) -> bool:
     """Whether to take this form for ``rows`` rows: a network it can read, and a library.
 
-    Many rows in bfloat16 are left to PyTorch, whose products then use the CPU's own of that type.
+    Many rows in bfloat16 are PyTorch's where this is not compiled with the CPU's own products of that type.
     """
     first, hidden = mlp.weights[0], mlp.weights[:-1]
     return (
-        0 < rows < (MANY_ROWS if first.dtype == torch.bfloat16 else sys.maxsize)
+        rows > 0
         and not _chosen_off.get()
         and first.device.type == "cpu"
         and first.dtype in _DTYPES
@@ -185,7 +186,8 @@ def pays(mlp: MLPWeights, rows: int, observations: Tensor) -> bool:
         and all(weight.shape[2] % WIDTHS == 0 for weight in hidden)
         and all(weight.is_contiguous() for weight in mlp.weights)
         and all(map(_has_memory, (observations, *mlp.weights)))
-        and library() is not None
+        and (found := library()) is not None
+        and (rows < MANY_ROWS or first.dtype == torch.float32 or bool(found.vgf_has_bfloat16()))
     )
 
 
@@ -236,8 +238,9 @@ class StackAtStates:
         for weight in mlp.weights[1:-1]:
             members, inputs, outputs = weight.shape
             sizes = (members, outputs, inputs) if transpose else (members, inputs, outputs)
-            out = torch.empty(weight.shape, dtype=torch.float32)
-            self.library.vgf_pack(weight.data_ptr(), out.data_ptr(), *sizes, transpose, self.threads)
+            out = torch.empty_like(weight)
+            half = weight.dtype == torch.bfloat16
+            self.library.vgf_pack(weight.data_ptr(), out.data_ptr(), *sizes, transpose, half, self.threads)
             packed.append(out)
         return packed
 

@@ -2,7 +2,8 @@
 
    One call runs all layers. Few rows are shared out by columns, in one team of threads, and the weights are read where
    PyTorch keeps them, [in, out] row by row, forward and backward. Many rows are shared out in chunks, each of which a
-   thread takes through all layers while they stay in its cache, with weights that `vgf_pack` has laid out.
+   thread takes through all layers while they stay in its cache, with weights that `vgf_pack` has laid out. Weights in
+   bfloat16 then meet activations rounded to it, in the CPU's own products of that type; sums are float32 throughout.
    The order of every sum is fixed and does not depend on the number of threads. Widths of hidden layers are multiples
    of 16. Shapes: B states, N particles, R = B N rows, E members, H hidden units, A action entries. */
 
@@ -10,6 +11,9 @@
 #include <stdint.h>
 #include <string.h>
 #include <omp.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define V 16
@@ -52,8 +56,8 @@ struct mlp {
   int64_t first_stride;      /* entries between members of the first weight, which has rows for the state too */
   const int64_t *widths;     /* [hidden] */
   const void *const *weight; /* [hidden + 1] of [E, in, out], the first from the rest's first row on */
-  const float *const *packed;     /* [hidden] of what vgf_pack wrote, the first not read; null without */
-  const float *const *transposed; /* likewise, of the transposed weights */
+  const void *const *packed;     /* [hidden] of what vgf_pack wrote, the first not read; null without */
+  const void *const *transposed; /* likewise, of the transposed weights */
   const float *const *bias;  /* [hidden + 1] of [E, out]; the first is in the states' share, and not read */
   const float *const *scale; /* [hidden] of [E, H], or null without LayerNorm */
   const float *const *shift;
@@ -70,6 +74,12 @@ INLINE vec load_weight(const void *base, int64_t index, int half) {
   vech narrow = *(const vech_unaligned *)((const uint16_t *)base + index);
   veci wide = __builtin_convertvector(narrow, veci) << 16;
   return (vec)wide;
+}
+
+/* Rounded to the nearest bfloat16, of two that are as near to the even one; NaN stays one. */
+INLINE void store_narrow(uint16_t *p, vec x) {
+  veci bits = (veci)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, broken = x != x;
+  *(vech_unaligned *)p = __builtin_convertvector((rounded & ~broken) | (0x7fc0 & broken), vech);
 }
 
 INLINE vec4 quarter(vec x) {
@@ -165,6 +175,37 @@ INLINE void forward_tile(int rows, int vectors, int half, float *out, int64_t ld
     for (int v = 0; v < vectors; v++) store(out + r * ld + v * V, sum[r][v]);
 }
 
+#ifdef __AVX512BF16__
+/* The same in bfloat16: a [rows, depth], and w in pairs of rows, [depth / 2, columns, 2]. */
+INLINE void narrow_tile(int rows, int vectors, float *out, int64_t ld, const uint16_t *a, const uint16_t *w,
+                        int64_t ldw, int64_t depth, const float *init) {
+  __m512 sum[12][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++) sum[r][v] = init ? _mm512_loadu_ps(init + v * V) : _mm512_setzero_ps();
+  for (int64_t k = 0; k < depth; k += 2) {
+    __m512bh b[2];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++) b[v] = (__m512bh)_mm512_loadu_si512(w + k * ldw + 2 * v * V);
+    __builtin_prefetch(w + (k + AHEAD) * ldw);
+    __builtin_prefetch(w + (k + AHEAD) * ldw + 32);
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++) {
+      int32_t pair;
+      memcpy(&pair, a + r * depth + k, 4);
+      __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], x, b[v]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; v++) _mm512_storeu_ps(out + r * ld + v * V, sum[r][v]);
+}
+#endif
+
 INLINE int rows_at_once(int64_t left) {
   static const int8_t sizes[] = {12, 10, 8, 6, 4, 3, 2, 1};
   for (int i = 0;; i++)
@@ -204,6 +245,42 @@ INLINE void forward_columns(int half, int packed, float *out, int64_t ld, const 
     }
     c += vectors * V;
   }
+}
+
+/* out [R, ld] = a [R, depth] w, plus init [ld] unless it is null; a and w bfloat16, w as vgf_pack writes it. */
+static void narrow_product(float *out, int64_t ld, const uint16_t *a, const uint16_t *w, int64_t depth,
+                           const float *init, int64_t rows) {
+#ifdef __AVX512BF16__
+  for (int64_t c = 0; c < ld;) {
+    int vectors = c + 2 * V <= ld ? 2 : 1;
+    int64_t ldw = ld - c < PANEL ? ld - c : PANEL;
+    for (int64_t r = 0; r < rows;) {
+      int count = rows_at_once(rows - r);
+#define TILE(n)                                                                                                        \
+  case n:                                                                                                              \
+    if (vectors == 2)                                                                                                  \
+      narrow_tile(n, 2, out + r * ld + c, ld, a + r * depth, w + c * depth, ldw, depth, init ? init + c : 0);          \
+    else                                                                                                               \
+      narrow_tile(n, 1, out + r * ld + c, ld, a + r * depth, w + c * depth, ldw, depth, init ? init + c : 0);          \
+    break;
+      switch (count) {
+        TILE(1)
+        TILE(2)
+        TILE(3)
+        TILE(4)
+        TILE(6)
+        TILE(8)
+        TILE(10)
+        TILE(12)
+      }
+#undef TILE
+      r += count;
+    }
+    c += vectors * V;
+  }
+#else
+  (void)out, (void)ld, (void)a, (void)w, (void)depth, (void)init, (void)rows;
+#endif
 }
 
 /* out [rows, outputs <= 4] = g [rows, depth] w [outputs, depth]^T, depth a multiple of V. */
@@ -299,8 +376,11 @@ static inline void wait_for(struct team team) {
   }
 }
 
-/* out [E, R, H] = a [E or 1, R, depth] w, plus init. */
-static void product_forward(const struct mlp *net, struct team team, int64_t layer, float *out, const float *a,
+/* Whether the products of a layer past the first are in bfloat16; a team of one thread then runs them. */
+static int is_narrow(const struct mlp *net) { return net->half && net->packed; }
+
+/* out [E, R, H] = a [E or 1, R, depth] w, plus init; a is bfloat16 where the product is. */
+static void product_forward(const struct mlp *net, struct team team, int64_t layer, float *out, const void *a,
                             int64_t a_member, int64_t depth, const float *init, int64_t init_member, int64_t repeat,
                             int64_t rows) {
   int64_t width = net->widths[layer], blocks = (width + PANEL - 1) / PANEL, entry = net->half ? 2 : 4;
@@ -313,8 +393,10 @@ static void product_forward(const struct mlp *net, struct team team, int64_t lay
     int64_t from = part.from * PANEL, to = part.to * PANEL < width ? part.to * PANEL : width;
     const void *w = weight + e * stride * entry;
     float *to_member = out + e * rows * width;
-    const float *from_member = a + e * a_member, *start = init + e * init_member;
-    if (packed)
+    const float *from_member = (const float *)a + e * a_member, *start = init + e * init_member;
+    if (packed && net->half)
+      narrow_product(to_member, width, (const uint16_t *)a + e * a_member, w, depth, start, rows);
+    else if (packed)
       forward_columns(0, 1, to_member, width, from_member, depth, w, depth, start, repeat, rows, from, to);
     else if (net->half)
       forward_columns(1, 0, to_member, width, from_member, depth, w, depth, start, repeat, rows, from, to);
@@ -323,8 +405,8 @@ static void product_forward(const struct mlp *net, struct team team, int64_t lay
   }
 }
 
-/* out [E, R, outputs] = g [E, R, width] w^T. */
-static void product_backward(const struct mlp *net, struct team team, int64_t layer, float *out, const float *g,
+/* out [E, R, outputs] = g [E, R, width] w^T; g is bfloat16 where the product is. */
+static void product_backward(const struct mlp *net, struct team team, int64_t layer, float *out, const void *g,
                              int64_t outputs, int64_t rows) {
   int packed = layer > 0 && net->transposed;
   int64_t unit = packed ? PANEL : OUTPUTS_BACKWARD;
@@ -337,8 +419,10 @@ static void product_backward(const struct mlp *net, struct team team, int64_t la
     int64_t from = part.from * unit, to = part.to * unit < outputs ? part.to * unit : outputs;
     const void *w = weight + e * stride * entry;
     float *to_member = out + e * rows * outputs;
-    const float *from_member = g + e * rows * width;
-    if (packed)
+    const float *from_member = (const float *)g + e * rows * width;
+    if (packed && net->half)
+      narrow_product(to_member, outputs, (const uint16_t *)g + e * rows * width, w, width, 0, rows);
+    else if (packed)
       forward_columns(0, 1, to_member, outputs, from_member, width, w, width, 0, rows, rows, from, to);
     else if (net->half)
       backward_outputs(1, to_member, outputs, from_member, width, w, width, width, rows, from, to);
@@ -349,8 +433,9 @@ static void product_backward(const struct mlp *net, struct team team, int64_t la
 
 /* ---- rows ---- */
 
-/* z [H] becomes what the backward pass needs (normalised, or z itself), h [H] the activation; returns 1 / deviation. */
-INLINE float finish_row(float *z, float *h, int64_t width, const float *scale, const float *shift, int64_t kind,
+/* z [H] becomes what the backward pass needs (normalised, or z itself), h [H] the activation, or where h is null
+   narrow; returns 1 / deviation. */
+INLINE float finish_row(float *z, float *h, uint16_t *narrow, int64_t width, const float *scale, const float *shift, int64_t kind,
                         float eps) {
   float rstd = 1.0f;
   if (scale) {
@@ -365,19 +450,29 @@ INLINE float finish_row(float *z, float *h, int64_t width, const float *scale, c
     for (int64_t j = 0; j < width; j += V) {
       vec x = (load(z + j) - mean) * rstd;
       store(z + j, x);
-      store(h + j, activate(x * load(scale + j) + load(shift + j), kind));
+      x = activate(x * load(scale + j) + load(shift + j), kind);
+      if (h) store(h + j, x);
+      else store_narrow(narrow + j, x);
     }
   } else {
-    for (int64_t j = 0; j < width; j += V) store(h + j, activate(load(z + j), kind));
+    for (int64_t j = 0; j < width; j += V) {
+      vec x = activate(load(z + j), kind);
+      if (h) store(h + j, x);
+      else store_narrow(narrow + j, x);
+    }
   }
   return rstd;
 }
 
-/* Gradient of the activation [H] -> gradient of z, in place. */
-INLINE void finish_row_backward(float *g, const float *x, float rstd, int64_t width, const float *scale,
+/* Gradient g of the activation [H] -> gradient of z: in place, or where narrow is not null, there. */
+INLINE void finish_row_backward(float *g, uint16_t *narrow, const float *x, float rstd, int64_t width, const float *scale,
                                 const float *shift, int64_t kind) {
   if (!scale) {
-    for (int64_t j = 0; j < width; j += V) store(g + j, activate_backward(load(g + j), load(x + j), kind));
+    for (int64_t j = 0; j < width; j += V) {
+      vec d = activate_backward(load(g + j), load(x + j), kind);
+      if (narrow) store_narrow(narrow + j, d);
+      else store(g + j, d);
+    }
     return;
   }
   vec total = {0}, along = {0};
@@ -389,28 +484,33 @@ INLINE void finish_row_backward(float *g, const float *x, float rstd, int64_t wi
     along += d * xj;
   }
   vec mean = splat(sum(total) / (float)width), slope = splat(sum(along) / (float)width);
-  for (int64_t j = 0; j < width; j += V) store(g + j, (load(g + j) - mean - load(x + j) * slope) * rstd);
+  for (int64_t j = 0; j < width; j += V) {
+    vec d = (load(g + j) - mean - load(x + j) * slope) * rstd;
+    if (narrow) store_narrow(narrow + j, d);
+    else store(g + j, d);
+  }
 }
 
-static void finish_rows(const struct mlp *net, struct team team, int64_t layer, float *z, float *h, float *rstd,
-                        int64_t rows, float eps) {
+static void finish_rows(const struct mlp *net, struct team team, int64_t layer, float *z, float *h,
+                        uint16_t *narrow, float *rstd, int64_t rows, float eps) {
   int64_t width = net->widths[layer];
   struct span mine = share_of(team, net->members * rows);
   for (int64_t r = mine.from; r < mine.to; r++) {
     int64_t e = r / rows;
     const float *scale = net->scale ? net->scale[layer] + e * width : 0;
     const float *shift = net->scale ? net->shift[layer] + e * width : 0;
-    float *zr = z + r * width, *hr = h + r * width;
+    float *zr = z + r * width, *hr = h ? h + r * width : 0;
+    uint16_t *nr = narrow + r * width;
     switch (net->activation) {
-      case RELU: rstd[r] = finish_row(zr, hr, width, scale, shift, RELU, eps); break;
-      case GELU: rstd[r] = finish_row(zr, hr, width, scale, shift, GELU, eps); break;
-      default: rstd[r] = finish_row(zr, hr, width, scale, shift, SWISH, eps);
+      case RELU: rstd[r] = finish_row(zr, hr, nr, width, scale, shift, RELU, eps); break;
+      case GELU: rstd[r] = finish_row(zr, hr, nr, width, scale, shift, GELU, eps); break;
+      default: rstd[r] = finish_row(zr, hr, nr, width, scale, shift, SWISH, eps);
     }
   }
 }
 
-static void finish_rows_backward(const struct mlp *net, struct team team, int64_t layer, float *g, const float *x,
-                                 const float *rstd, int64_t rows) {
+static void finish_rows_backward(const struct mlp *net, struct team team, int64_t layer, float *g, uint16_t *narrow,
+                                 const float *x, const float *rstd, int64_t rows) {
   int64_t width = net->widths[layer];
   struct span mine = share_of(team, net->members * rows);
   for (int64_t r = mine.from; r < mine.to; r++) {
@@ -418,11 +518,12 @@ static void finish_rows_backward(const struct mlp *net, struct team team, int64_
     const float *scale = net->scale ? net->scale[layer] + e * width : 0;
     const float *shift = net->scale ? net->shift[layer] + e * width : 0;
     float *gr = g + r * width;
+    uint16_t *nr = narrow ? narrow + r * width : 0;
     const float *xr = x + r * width;
     switch (net->activation) {
-      case RELU: finish_row_backward(gr, xr, rstd[r], width, scale, shift, RELU); break;
-      case GELU: finish_row_backward(gr, xr, rstd[r], width, scale, shift, GELU); break;
-      default: finish_row_backward(gr, xr, rstd[r], width, scale, shift, SWISH);
+      case RELU: finish_row_backward(gr, nr, xr, rstd[r], width, scale, shift, RELU); break;
+      case GELU: finish_row_backward(gr, nr, xr, rstd[r], width, scale, shift, GELU); break;
+      default: finish_row_backward(gr, nr, xr, rstd[r], width, scale, shift, SWISH);
     }
   }
 }
@@ -436,7 +537,7 @@ static int64_t floats(const struct mlp *net, int64_t states, int64_t rows) {
     all += net->widths[i];
     most = net->widths[i] > most ? net->widths[i] : most;
   }
-  int64_t a_row = all + net->hidden + 2 * most + net->rest + 1;
+  int64_t a_row = all + net->hidden + 3 * most + net->rest + 1;
   return net->members * rows * a_row + states * most;
 }
 
@@ -444,6 +545,7 @@ struct memory {
   float *saved[MOST_LAYERS]; /* [E, R, H] of each layer: z, then what its backward pass needs */
   float *rstd[MOST_LAYERS];  /* [E, R] */
   float *one, *two;          /* [E, R, H] each, for what flows through the layers */
+  uint16_t *narrow;          /* [E, R, H] of it in bfloat16 */
   float *values;             /* [E, R] */
   float *parts;              /* [E, R, rest] */
   float *share;              /* [B, H] */
@@ -460,7 +562,8 @@ static struct memory divide(const struct mlp *net, int64_t rows, float *at) {
   }
   memory.one = at;
   memory.two = at + all * most;
-  memory.values = at + 2 * all * most;
+  memory.narrow = (uint16_t *)(at + 2 * all * most);
+  memory.values = at + 3 * all * most;
   memory.parts = memory.values + all;
   memory.share = memory.parts + all * net->rest;
   return memory;
@@ -476,10 +579,13 @@ static void forward(const struct mlp *net, struct team team, const struct memory
   for (int64_t i = 0; i < net->hidden; i++) {
     int64_t width = net->widths[i];
     wait_for(team);
-    finish_rows(net, team, i, memory->saved[i], memory->one, memory->rstd[i], rows, eps);
-    if (i + 1 == net->hidden) break;
+    int last = i + 1 == net->hidden;
+    float *h = is_narrow(net) && !last ? 0 : memory->one;
+    finish_rows(net, team, i, memory->saved[i], h, memory->narrow, memory->rstd[i], rows, eps);
+    if (last) break;
     wait_for(team);
-    product_forward(net, team, i + 1, memory->saved[i + 1], memory->one, rows * width, width, net->bias[i + 1],
+    const void *a = h ? (const void *)h : (const void *)memory->narrow;
+    product_forward(net, team, i + 1, memory->saved[i + 1], a, rows * width, width, net->bias[i + 1],
                     net->widths[i + 1], rows, rows);
   }
 }
@@ -521,9 +627,11 @@ static void critic(const struct mlp *net, struct team team, const float *share, 
     for (int64_t j = 0; j < last; j += V) store(from + r * last + j, load_weight(head, e * last + j, net->half) * part);
   }
   for (int64_t i = hidden - 1; i >= 0; i--) {
-    finish_rows_backward(net, team, i, from, memory.saved[i], memory.rstd[i], rows);
+    uint16_t *narrow = is_narrow(net) && i > 0 ? memory.narrow : 0;
+    finish_rows_backward(net, team, i, from, narrow, memory.saved[i], memory.rstd[i], rows);
     wait_for(team);
-    product_backward(net, team, i, i > 0 ? to : memory.parts, from, i > 0 ? net->widths[i - 1] : depth, rows);
+    const void *g = narrow ? (const void *)narrow : (const void *)from;
+    product_backward(net, team, i, i > 0 ? to : memory.parts, g, i > 0 ? net->widths[i - 1] : depth, rows);
     wait_for(team);
     float *swap = from;
     from = to;
@@ -569,22 +677,34 @@ int64_t vgf_workspace(const struct mlp *net, int64_t states, int64_t particles, 
   return chunk ? threads * floats(net, chunk, chunk * particles) : floats(net, states, states * particles);
 }
 
-/* weights [E, in, out], or where transpose is set [E, out, in] -> packed [E, out / 32 panels, in, 32 or the rest]. */
-void vgf_pack(const float *weights, float *packed, int64_t members, int64_t in, int64_t out, int64_t transpose,
-              int64_t threads) {
+/* Whether products in bfloat16 are compiled in. */
+int64_t vgf_has_bfloat16(void) {
+#ifdef __AVX512BF16__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+/* weights [E, in, out], or where transpose is set [E, out, in], -> packed [E, panels, in, columns],
+   in bfloat16 [E, panels, in / 2, columns, 2]; a panel has 32 columns, the last one the rest. */
+void vgf_pack(const void *weights, void *packed, int64_t members, int64_t in, int64_t out, int64_t transpose,
+              int64_t half, int64_t threads) {
   int64_t panels = (out + PANEL - 1) / PANEL;
 #pragma omp parallel for num_threads((int)threads)
   for (int64_t job = 0; job < members * panels; job++) {
-    int64_t c = job % panels * PANEL, width = out - c < PANEL ? out - c : PANEL;
-    const float *from = weights + job / panels * in * out;
-    float *to = packed + job / panels * in * out + c * in;
-    if (transpose)
-      /* In squares, so that lines of the cache are used whole on both sides. */
-      for (int64_t k0 = 0; k0 < in; k0 += 16)
-        for (int64_t j = 0; j < width; j++)
-          for (int64_t k = k0; k < k0 + 16; k++) to[k * width + j] = from[(c + j) * in + k];
-    else
-      for (int64_t k = 0; k < in; k++) memcpy(to + k * width, from + k * out + c, (size_t)width * sizeof(float));
+    int64_t c = job % panels * PANEL, width = out - c < PANEL ? out - c : PANEL, member = job / panels * in * out;
+    int64_t along_in = transpose ? 1 : out, along_out = transpose ? in : 1;
+    /* In squares, so that lines of the cache are used whole on both sides. */
+    for (int64_t k0 = 0; k0 < in; k0 += 16)
+      for (int64_t j = 0; j < width; j++)
+        for (int64_t k = k0; k < k0 + 16; k++) {
+          int64_t source = member + k * along_in + (c + j) * along_out, at = member + c * in;
+          if (half)
+            ((uint16_t *)packed)[at + (k / 2 * width + j) * 2 + k % 2] = ((const uint16_t *)weights)[source];
+          else
+            ((float *)packed)[at + k * width + j] = ((const float *)weights)[source];
+        }
   }
 }
 
