@@ -16,6 +16,7 @@ time of its models instead.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import math
@@ -51,6 +52,7 @@ FLUENCY = 1.5
 WORST = -1.0  # least cosine
 OPENING = 3  # words
 SHORTEST, LONGEST = 8, 16  # tokens of a response
+EXAMPLE = ("yesterday we saw", "the children are playing in the garden")
 STEPS = 1000  # the units end every method first
 
 
@@ -210,6 +212,15 @@ def ahead(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     return ours["feasible"] and (not theirs["feasible"] or ours["reward"] > theirs["reward"])
 
 
+def example(models: Models) -> dict[str, Any]:
+    """What the README's example gives."""
+    prompt, target = EXAMPLE
+    arguments: dict[str, Any] = {"min_new_tokens": SHORTEST, "max_new_tokens": LONGEST}
+    flow = EmbeddingFlow(models.reward(target), reference=models.reference, **arguments)
+    (best,) = flow.align([prompt], budget=TokenBudget(steps=20), seed=0).best
+    return {"prompt": prompt, "target": target, **dataclasses.asdict(best)}
+
+
 def summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over pairs, and how often the flow is ahead."""
     summary: dict[str, Any] = {}
@@ -366,7 +377,8 @@ def main() -> None:
             "particles": PARTICLES,
             "fluency": FLUENCY,
         }
-        write(arguments.out, {**facts, **settings, "summary": summary, "pairs": records})
+        found = {"example": example(models), "summary": summary, "pairs": records}
+        write(arguments.out, {**facts, **settings, **found})
 
 
 if __name__ == "__main__":

@@ -214,6 +214,29 @@ def roofline(path: Path) -> str:
     return f"{table(header, rows)}\n\n{measured}{launch} {source}, from `python -m profiling.roofline`."
 
 
+def nearest(path: Path) -> str:
+    """Time and memory of the nearest-token search beside plain PyTorch."""
+    found = newest(path)
+    if not found:
+        return "Not yet measured."
+    by_sizes: dict[str, dict[str, Record]] = {}
+    for record in found:
+        by_sizes.setdefault(json.dumps(record.sizes), {})[record.method] = record
+    rows = []
+    for same in by_sizes.values():
+        sizes = same["ours"].sizes
+        cells = [f"{sizes['rows']} x {sizes['vocabulary']} x {sizes['width']}, k = {sizes['k']}"]
+        for method in ("ours", "cdist", "matmul"):
+            taken = (same[method].peak_bytes - same[method].built_bytes) / 2**20
+            cells.append(f"{_cell(same[method].ratio_to_eager)} / {taken:.0f}")
+        rows.append(cells)
+    header = ["time, multiples of cdist's / MiB taken", "`nearest_token`", "`torch.cdist`, argmin", "product, argmax"]
+    load = max(record.load_average or 0.0 for record in found)
+    threads = ", ".join(sorted({str(record.threads) for record in found}))
+    facts = f"{threads} threads, load average {load:.0f} before the run. For k > 1 topk takes the place of argmin."
+    return f"{table(header, rows)}\n\n{_named(path, found, 'bench llm')} {facts} {NOT_YET}"
+
+
 def _score(found: dict[str, Any]) -> str:
     return f"{found['mean']:.1f} ({found['low']:.1f} to {found['high']:.1f})"
 
@@ -388,13 +411,17 @@ def alignment(path: Path, overhead: Path) -> str:
     shown = ("flow", "token search", "best of N")
     texts = [[which, pair["target"], *(_quoted(pair, name) for name in shown)] for which, pair in chosen.items()]
     held_out = found["held_out_perplexity"]
+    one = found["example"]
     parts = [
+        f'It makes of "{one["prompt"]} {one["start_text"]}" (reward {one["start_reward"]:.2f}, perplexity '
+        f'{one["start_perplexity"]:.0f}) "{one["prompt"]} {one["text"]}" ({one["reward"]:.2f}, '
+        f"{one['perplexity']:.0f}).",
         table(header, rows),
         f"{len(pairs)} pairs, counts are of them; {found['units']} units of the reward model a pair, "
         f"{found['particles']} responses in flow and search; `equal operations`: as many as the flow spends in all "
-        "models. Operations and time are multiples of the flow's, perplexities of the median of a pair's first "
-        f"responses. Held-out perplexity of the reference model {held_out['reference']:.0f}, of the judge "
-        f"{held_out['judge']:.0f}.",
+        "models, or the same run where that is more. Operations and time are multiples of the flow's, perplexities of "
+        "the median of a pair's first responses. Held-out perplexity of the reference model "
+        f"{held_out['reference']:.0f}, of the judge {held_out['judge']:.0f}.",
         table(["flow's pair", "target", *(f"{name} (reward; judge's ratio)" for name in shown)], texts),
         f"Record: `{path.relative_to(REPOSITORY)}` ({found['date'][:10]}, {found['device']}), "
         f"from `{found['command']}`.",
@@ -467,6 +494,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "gpu": lambda: times(RESULTS / "gpu.jsonl"),
     "launches": launches,
     "resources": resources,
+    "llm": lambda: nearest(RESULTS / "llm-cpu.jsonl"),
     "alignment": lambda: alignment(RESULTS / "alignment.json", RESULTS / "alignment-overhead.json"),
 }
 DETAILS: dict[str, Callable[[], str]] = {

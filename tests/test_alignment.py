@@ -20,6 +20,12 @@ def method(reward, judge=1.0, feasible=True, **changes):
     return {**row, **changes}
 
 
+EXAMPLE = {
+    "prompt": "we saw", "target": "a dog", "text": "a dog", "start_text": "a cat", "reward": 0.9, "start_reward": 0.25,
+    "perplexity": 40.4, "start_perplexity": 90.0,
+}  # fmt: skip
+
+
 def records():
     rows = [
         (method(0.8), method(0.6, judge=2.0, operations=1e9), method(0.9, feasible=False)),
@@ -63,6 +69,7 @@ def test_parts_share_the_work_and_a_run_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(alignment, "Models", Models)
     monkeypatch.setattr(alignment, "run_pair", run_pair)
+    monkeypatch.setattr(alignment, "example", lambda models: EXAMPLE)
     for name in ("reference", "judge"):
         (tmp_path / f"{name}.json").write_text('{"held_out_perplexity": 99.0}')
     work, out = tmp_path / "work.jsonl", tmp_path / "out.json"
@@ -88,7 +95,8 @@ def test_the_table_says_what_the_record_says(tmp_path, monkeypatch):
     assert report.alignment(path, overhead) == "Not yet measured."
     facts = {"date": "2026-01-02T03:04:05+00:00", "device": "a CPU", "command": "python -m this"}
     record = {
-        **facts, "units": 320, "particles": 8, "held_out_perplexity": {"reference": 190.4, "judge": 224.0},
+        **facts, "example": EXAMPLE, "units": 320, "particles": 8,
+        "held_out_perplexity": {"reference": 190.4, "judge": 224.0},
         "summary": alignment.summarise(records()), "pairs": records(),
     }  # fmt: skip
     for pair in record["pairs"]:
@@ -97,6 +105,7 @@ def test_the_table_says_what_the_record_says(tmp_path, monkeypatch):
     text = report.alignment(path, overhead)
     assert "| flow | 0.500 | 0.400 | 0.500 | 2 | 1.20 / 1.00 | 2 | 0.50 | 60 |  | 320 / 1.00 / 1.00 |" in text
     assert "| plain | -1.000 |" in text
+    assert 'of "we saw a cat" (reward 0.25, perplexity 90) "we saw a dog" (0.90, 40).' in text
     assert "reference model 190, of the judge 224" in text
     assert "| highest reward | target 0 | prompt 0 text of 0.8 (0.80; judge 1.0) |" in text
     assert "| lowest | target 2 | prompt 2 text of 0.3 (no response keeps the cap; judge 1.0) |" in text

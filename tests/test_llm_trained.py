@@ -173,6 +173,18 @@ def test_a_classifier_trained_here_is_raised(models):
     assert found[EmbeddingFlow] > found[BestOfN]
 
 
+def test_models_of_transformers_are_taken_as_they_are(trained, models):
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    reference = AutoModelForCausalLM.from_pretrained(trained[0] / "reference")
+    reward = AutoModelForSequenceClassification.from_pretrained(trained[0] / "reward")
+    tokenizer = AutoTokenizer.from_pretrained(trained[0] / "reward")
+    ours = EmbeddingFlow(reward, tokenizer, reference=reference, max_new_tokens=8)
+    wrapped = EmbeddingFlow(models[1], reference=models[0], max_new_tokens=8)
+    found = [flow.align(PROMPTS, budget=TokenBudget(steps=2), num_particles=2, seed=0) for flow in (ours, wrapped)]
+    assert found[0].responses == found[1].responses
+
+
 def test_minilm_is_raised():
     from transformers import AutoModel, AutoTokenizer, GPT2LMHeadModel
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vgf_fast.llm.nearest import nearest_token
+from vgf_fast.llm.nearest import nearest_token, squared_norms
 from vgf_fast.llm.reference_model import PrefixState, ReferenceModel
 from vgf_fast.llm.result import Usage
 from vgf_fast.llm.vocabulary import Vocabulary
@@ -77,6 +77,7 @@ class BeamDecoder:
         self.temperature = how.closeness * unit**2
         # What begins a word can stand anywhere; a piece inside a word only where the prefix asks for it.
         self.begins = vocabulary.allowed & ~vocabulary.continues
+        self.squares = squared_norms(table)
         # Added to log-probabilities: one pass over them, where a mask would take two.
         self.forbidden = torch.zeros(vocabulary.size, device=table.device).masked_fill(~vocabulary.allowed, -torch.inf)
 
@@ -84,7 +85,8 @@ class BeamDecoder:
         """Tokens [R, T, top_flow] nearest to particles [R, T, d] that may begin a word."""
         rows, length, width = particles.shape
         count = min(self.how.top_flow, int(self.begins.sum()))
-        _, indices = nearest_token(particles.reshape(-1, width), self.table, k=count, mask=self.begins)
+        flat = particles.reshape(-1, width)
+        _, indices = nearest_token(flat, self.table, k=count, mask=self.begins, table_squares=self.squares)
         return indices.reshape(rows, length, count)
 
     def search(
