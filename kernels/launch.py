@@ -284,10 +284,10 @@ ACTING_SHARED_BYTES, ACTING_SHARED_BYTES_AMD = 163 * 1024, 64 * 1024
 def acting_fits(width: int, action_dim: int, dtype: torch.dtype, amd: bool = False) -> bool:
     """Whether the kernel of a whole action has room for what it holds of layers of a padded width.
 
-    It is a layer's weights of all action entries and, but for AMD, a block of rows beside them.
+    It is a layer's weights of all action entries and, but for AMD, a block of 16 rows in float32 beside them.
     """
-    columns = max(padded(action_dim), 16) + (0 if amd else 16)
-    return width * columns * dtype.itemsize <= (ACTING_SHARED_BYTES_AMD if amd else ACTING_SHARED_BYTES)
+    column_bytes = max(padded(action_dim), 16) * dtype.itemsize + (0 if amd else 16 * 4)
+    return width * column_bytes <= (ACTING_SHARED_BYTES_AMD if amd else ACTING_SHARED_BYTES)
 
 
 # Estimates for an H200, to be measured: a phase of the kernel of a whole action with its barrier, and how fast one
@@ -398,7 +398,7 @@ def nearest_token(
 
 
 def wide_tiles(device: torch.device) -> bool:
-    """Whether the matrix unit takes operands from shared memory and sums in registers: wider tiles then fit these."""
+    """Whether the matrix unit reads shared memory and sums in registers: what it does not read leaves room in these."""
     return device.type != "cpu" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 

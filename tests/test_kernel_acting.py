@@ -359,7 +359,8 @@ def test_when_one_launch_is_taken():
     assert not is_taken(17, 1024)
     assert not is_taken(1, 512, particles=129)
     # Where the actions' weights do not fit into shared memory.
-    assert is_taken(1, 1024, action_dim=64)
+    assert is_taken(1, 1024, action_dim=32)
+    assert not is_taken(1, 1024, action_dim=33)
     assert not is_taken(1, 1024, torch.float32, action_dim=17)
     assert is_taken(1, 512, action_dim=64, amd=True)
     assert not is_taken(1, 1024, action_dim=33, amd=True)
