@@ -210,6 +210,27 @@ def test_the_weight_found_is_fluent_and_the_next_lower_one_is_not(start):
     assert found_at
 
 
+def test_beams_that_do_not_fit_into_memory_are_halved_and_said_so():
+    pair = models()
+    budget = TokenBudget(steps=2)
+    whole = method(EmbeddingFlow, pair).align(PROMPTS, budget=budget, num_particles=3, seed=0)
+    reference = pair[1]
+    forward, limit = reference.model.forward, 15  # three beams of five
+
+    def limited(*arguments, **named):
+        if len(named["input_ids"]) > limit:
+            raise torch.OutOfMemoryError("simulated")
+        return forward(*arguments, **named)
+
+    reference.model.forward = limited
+    with pytest.warns(RuntimeWarning, match=r"GPT2LMHeadModel: beams of \d+ responses did not fit.*going on with"):
+        parts = method(EmbeddingFlow, pair).align(PROMPTS, budget=budget, num_particles=3, seed=0)
+    assert [[r.text for r in rows] for rows in parts.responses] == [[r.text for r in rows] for rows in whole.responses]
+    limit = 4
+    with pytest.warns(RuntimeWarning), pytest.raises(torch.OutOfMemoryError):
+        method(EmbeddingFlow, pair).align(PROMPTS, budget=budget, num_particles=3, seed=0)
+
+
 @pytest.mark.parametrize("update", ["normalized", "adam", "ascent"])
 @pytest.mark.parametrize("svgd", [False, True])
 def test_particles_stay_within_the_papers_bound(update, svgd):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -75,6 +76,7 @@ class BeamDecoder:
         self.table = table
         self.how = how
         self.temperature = how.closeness * unit**2
+        self.at_once = max(1, how.max_rows // how.width)  # responses
         # What begins a word can stand anywhere; a piece inside a word only where the prefix asks for it.
         self.begins = vocabulary.allowed & ~vocabulary.continues
         self.squares = squared_norms(table)
@@ -152,11 +154,24 @@ class BeamDecoder:
         usage: Usage | None = None,
     ) -> list[list[Hypothesis]]:
         """Final beams of R particles, best first; ``near`` [R, T, top_flow] as ``near`` gives it."""
-        step = max(1, self.how.max_rows // self.how.width)
         out: list[list[Hypothesis]] = []
-        for first in range(0, len(current), step):
-            part = slice(first, first + step)
-            out += self._beams(prompts[part], particles[part], near[part], current[part], weights[part], usage)
+        while len(out) < len(current):
+            part = slice(len(out), len(out) + self.at_once)
+            try:
+                out += self._beams(prompts[part], particles[part], near[part], current[part], weights[part], usage)
+            except torch.OutOfMemoryError:
+                count = len(current[part])
+                if count == 1:
+                    raise
+                self.at_once = count // 2
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                warnings.warn(
+                    f"{self.reference.name}: beams of {count} responses did not fit into memory; going on with "
+                    f"{self.at_once} at once (give Decoding(max_rows={self.at_once * self.how.width}) to begin there)",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         return out
 
     def _beams(
