@@ -55,7 +55,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "policy": {**NETWORKS, **_budgets(2, 0.15, 0.5), "target_q_aggregation": "mean"},
         # A value travels one step of the maze's two hundred with each renewal of the target critic.
         "train": {**TRAIN, "tau": 0.2, "critic_learning_rate": 2e-3},
-        "run": {"task": "pointmaze-medium-navigate-singletask-v0", "steps": 8000, "eval_episodes": 25},
+        "run": {"task": "pointmaze-medium-navigate-singletask-v0", "steps": 20000, "eval_episodes": 25},
     },
     "cube-single": {
         "online": ("success", "success, %", 100.0),
