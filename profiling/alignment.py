@@ -3,10 +3,10 @@
 A pair is the opening of one example sentence of WordNet and another such sentence, both held out of all training. The
 reference model (``profiling.language``) continues the opening; the reward of a response is the cosine between MiniLM's
 embedding of opening and response and that of the other sentence. All methods have the same units of the reward model
-(a forward pass 1, forward and backward 2) and the same cap on perplexity, 1.5 times the median of the pair's first
-responses; a judge model took no part. The other methods also get the operations that the flow spent in all models
-together. A method whose responses all break the cap has no reward: it loses the pair to one that has, and counts as
--1, the least a cosine can be, in medians.
+(a forward pass 1, forward and backward 2) and the same cap on perplexity, 1.5 times the lesser of a response's first
+text's and the median of the pair's first texts; a judge model took no part. The other methods also get the operations
+that the flow spent in all models together. A method whose responses all break the cap has no reward: it loses the pair
+to one that has, and counts as -1, the least a cosine can be, in medians.
 
 Pairs are kept in ``--work`` as they are done; a run that is started again goes on after the last, and several with
 ``--part I N`` share the work. The summary goes to ``--out``. ``--overhead FILE`` measures what the flow adds to the
