@@ -32,7 +32,7 @@ BACKEND_METHODS = ("torch-float32", "torch-bfloat16")
 METHODS = ("ours-float32", "ours-bfloat16", *BACKEND_METHODS, EAGER_METHOD, *COMPILE_METHODS.values(), JAX_METHOD)
 DEFAULT_ROUNDS = {"update": 20, "act": 200, "memory": 3}
 # Measured in this process, after the others, by the module of that name: it imports torch.
-IN_PROCESS = ("ops", "scaling")
+IN_PROCESS = ("ops", "scaling", "llm")
 QUICK_ROUNDS = 2
 OWN_FACTS = ("dtype", "device", "threads", "matmul_precision")
 # The second call may still compile or allocate what the first did not.

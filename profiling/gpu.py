@@ -50,6 +50,7 @@ PARTS = (
     Part("update, compiled", ["bench", "update", "--methods", *WITH_COMPILER], 80.0, 120.0),
     Part("act, compiled", ["bench", "act", "--methods", *WITH_COMPILER], 60.0, 90.0),
     Part("ops", ["bench", "ops"], 45.0, 70.0),
+    Part("llm", ["bench", "llm"], 15.0, 40.0),
     Part("memory", ["bench", "memory", "--methods", *WITHOUT_COMPILER], 10.0, 60.0),
 )
 ROOFLINE_SECONDS = 60.0

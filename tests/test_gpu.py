@@ -11,7 +11,7 @@ from tolerances import within_twice
 
 pytest.importorskip("triton")
 
-from vgf_fast.kernels import behavior_flow, critic, flow_step, launch
+from vgf_fast.kernels import behavior_flow, critic, flow_step, launch, nearest_token, token_flow
 
 import vgf_fast as vgf
 from vgf_fast import reference
@@ -138,11 +138,57 @@ def test_training_as_with_the_torch_backend(precision):
     assert losses[0] == pytest.approx(losses[1], rel=bound)
 
 
+@pytest.mark.parametrize("metric", ["l2", "cosine", "dot"])
+@pytest.mark.parametrize("rows", [3, 200])
+def test_nearest_tokens(compute, metric, rows):
+    """The list's spare places make up for the rounding of products: tokens and scores are those of float64."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    queries, table = (torch.randn(n, 384, generator=generator, device="cuda").to(compute) for n in (rows, 30_522))
+    scores, tokens = nearest_token.nearest_token(queries, table, 20, metric)
+    q, e = queries.double(), table.double()
+    if metric == "l2":
+        truth = -torch.cdist(q, e).square()
+    else:
+        truth = q @ e.T
+        if metric == "cosine":
+            truth /= q.norm(dim=1, keepdim=True) * e.norm(dim=1)
+    right = truth.topk(20)
+    assert (tokens == right.indices).float().mean() >= 0.999
+    torch.testing.assert_close(scores.double(), truth.gather(1, tokens), rtol=1e-5, atol=1e-5)
+    again = nearest_token.nearest_token(queries, table, 20, metric)
+    assert torch.equal(again[0], scores)
+    assert torch.equal(again[1], tokens)
+
+
+def test_peak_memory_of_nearest_tokens():
+    """A hundredth of the scores of all tokens, for a vocabulary of 128,256 in bfloat16."""
+    queries = torch.randn(4096, 256, device="cuda", dtype=torch.bfloat16)
+    table = torch.randn(128_256, 256, device="cuda", dtype=torch.bfloat16)
+    nearest_token.nearest_token(queries[:64], table)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    nearest_token.nearest_token(queries, table)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= 4096 * 128_256 * 2 / 100
+
+
+@pytest.mark.parametrize("particles", [8, 128])
+def test_direction_between_responses(particles):
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, g = (torch.randn(particles, 64 * 768, generator=generator, device="cuda") for _ in range(2))
+    phi = token_flow.token_svgd_direction(x, g, 0.5)
+    truth = reference.svgd_direction(x[None].double(), g[None].double(), 0.5)[0]
+    plain = reference.svgd_direction(x[None], g[None], 0.5)[0]
+    within_twice(phi, plain, truth)
+    for _ in range(5):
+        assert torch.equal(token_flow.token_svgd_direction(x, g, 0.5), phi)
+
+
 SANITIZED = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch, networks
-from vgf_fast.kernels import behavior_flow, critic, flow_step
+from vgf_fast.kernels import behavior_flow, critic, flow_step, nearest_token, token_flow
 states, x = networks.states_and_actions(7, 5, 6, 3)
 packed = networks.packed(networks.critic(6, 3, (32, 32)), torch.bfloat16)
 velocity = networks.packed(networks.velocity(6, 3, (32, 32)), torch.bfloat16)
@@ -151,6 +197,10 @@ critic.values_and_score(packed, states, x)
 rewards = torch.ones(7, device="cuda")
 flow_step.value_gradient_flow(packed, states, x, 2, 0.1, 0.5, epilogue=flow_step.TDTarget(rewards, rewards, 0.9))
 flow_step.value_gradient_flow(packed, states, x, 2, 0.1, 0.5, "min", True, epilogue=flow_step.Select())
+queries, table = torch.randn(70, 33, device="cuda"), torch.randn(900, 33, device="cuda")
+for rows in (3, 70):
+    nearest_token.nearest_token(queries[:rows], table, 5, "cosine", table[:, 0] > 0, table[:, 0])
+token_flow.token_svgd_direction(queries[:5], queries[5:10], 0.5)
 torch.cuda.synchronize()
 """
 

@@ -17,8 +17,8 @@ METRICS = ("l2", "cosine", "dot")
 MAX_KERNEL_NEAREST = 32
 NORM_MIN = 1e-18  # norms below are taken for it
 # Entries of the working memory of the torch backend: products of a tile, best products of groups, embeddings compared.
-_PRODUCTS, _MAXIMA, _COMPARED = 2**19, 2**21, 2**18
-_ROWS = 512
+_PRODUCTS, _MAXIMA, _COMPARED = 2**17, 2**19, 2**17
+_ROWS = 256
 _SPARE = 1  # groups looked into beyond k: rounding may mistake the order of the last ones
 
 
@@ -171,30 +171,33 @@ def _best_groups(
         factor = query.norm(dim=1, keepdim=True).clamp_min_(NORM_MIN).reciprocal_()
     scaled = (query * factor).T
     tile = max(_PRODUCTS // max(rows, width), group) // group * group
+    bias = query.new_zeros(vocabulary)
+    if prior is not None and prior.ndim == 1:
+        bias += prior
+    if metric == "l2":
+        assert squares is not None
+        bias -= squares
+    if mask is not None:
+        bias.masked_fill_(~mask, -torch.inf)
     products = query.new_empty((min(tile, vocabulary), rows))
     maxima = query.new_empty((-(-vocabulary // group), rows))
-    for start in range(0, vocabulary, tile):
-        part = slice(start, start + tile)
-        embeddings = table[part].to(query.dtype)
-        product = torch.mm(embeddings, scaled, out=products[: len(embeddings)])
-        if metric == "cosine":
-            assert squares is not None
-            product.div_(squares[part].sqrt().clamp_min_(NORM_MIN).unsqueeze(1))
-        bias = query.new_zeros(len(embeddings))
-        if metric == "l2":
-            assert squares is not None
-            bias -= squares[part]
-        if prior is not None and prior.ndim == 1:
-            bias += prior[part]
-        elif prior is not None:
-            product += prior[:, part].T
-        if mask is not None:
-            bias.masked_fill_(~mask[part], -torch.inf)
-        product += bias.unsqueeze(1)
-        best = maxima[start // group : -(-(start + len(embeddings)) // group)]
-        _group_maxima(product, group, best)
-        if best.isnan().any():
-            _group_maxima(product.masked_fill_(product.isnan(), -torch.inf), group, best)
+    for clean in (False, True):
+        for start in range(0, vocabulary, tile):
+            part = slice(start, start + tile)
+            embeddings = table[part].to(query.dtype)
+            product = torch.mm(embeddings, scaled, out=products[: len(embeddings)])
+            if metric == "cosine":
+                assert squares is not None
+                product.div_(squares[part].sqrt().clamp_min_(NORM_MIN).unsqueeze(1))
+            if prior is not None and prior.ndim == 2:
+                product += prior[:, part].T
+            product += bias[part].unsqueeze(1)
+            if clean:
+                product.masked_fill_(product.isnan(), -torch.inf)
+            _group_maxima(product, group, maxima[start // group : -(-(start + len(embeddings)) // group)])
+        # Rare enough to begin again: what is not a number would hide the others of its group.
+        if not maxima.isnan().any():
+            break
     values, found = maxima.topk(count, dim=0)
     # Which of equal ones topk takes is left open.
     tied = (maxima >= values[-1]).sum(dim=0).gt_(count) & (values[-1] > -torch.inf)
