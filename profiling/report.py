@@ -366,7 +366,7 @@ def _quoted(pair: dict[str, Any], name: str) -> str:
     return f"{text} ({reward}; judge {found['judge_ratio']:.1f})"
 
 
-def alignment(path: Path, overhead: Path) -> str:
+def alignment(path: Path, overhead: Path, longer: Path) -> str:
     """Methods on MiniLM's pairs, texts of the best, the middle and the worst pair, and what the flow adds in time."""
     if not path.is_file():
         return "Not yet measured."
@@ -426,6 +426,15 @@ def alignment(path: Path, overhead: Path) -> str:
         f"Record: `{path.relative_to(REPOSITORY)}` ({found['date'][:10]}, {found['device']}), "
         f"from `{found['command']}`.",
     ]
+    if longer.is_file():
+        more = json.loads(longer.read_text(encoding="utf-8"))
+        rewards = ", ".join(f"{name} {row['reward']:.3f}" for name, row in more["summary"].items())
+        wins = " and ".join(f"{row['flow_wins']} ({name})" for name, row in more["summary"].items() if name != "flow")
+        parts.append(
+            f"With {more['units']} units the rewards within the cap are: {rewards}. The flow wins {wins} of "
+            f"{len(more['pairs'])} pairs, the judge is within 1.5 in {more['summary']['flow']['judge_within_1.5']}. "
+            f"Record: `{longer.relative_to(REPOSITORY)}`, from `{more['command']}`."
+        )
     if overhead.is_file():
         cost = json.loads(overhead.read_text(encoding="utf-8"))
         parts.append(
@@ -495,7 +504,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "launches": launches,
     "resources": resources,
     "llm": lambda: nearest(RESULTS / "llm-cpu.jsonl"),
-    "alignment": lambda: alignment(RESULTS / "alignment.json", RESULTS / "alignment-overhead.json"),
+    "alignment": lambda: alignment(
+        *(RESULTS / f"{name}.json" for name in ("alignment", "alignment-overhead", "alignment-320"))
+    ),
 }
 DETAILS: dict[str, Callable[[], str]] = {
     "ops": lambda: operations(RESULTS / "ops-cpu.jsonl"),
