@@ -81,8 +81,8 @@ def serve(method: str, search: Search, device: str, threads: int, seed: int) -> 
     import torch
 
     torch.set_num_threads(threads)
-    # What libraries take when they are first called is not the method's.
-    prepare(method, QUICK, device, seed)()
+    # What libraries take when they are first called is not the method's; small sizes go other ways through them.
+    prepare(method, search._replace(rows=64, vocabulary=min(search.vocabulary, 2000)), device, seed)()
     call = prepare(method, search, device, seed)
     cuda = device == "cuda"
     built = torch.cuda.memory_allocated() if cuda else machine.peak_resident_bytes()
