@@ -274,7 +274,7 @@ def test_bench_names_what_it_does_not_know():
 def test_bench_scaling_writes_records_and_draws(tmp_path):
     pytest.importorskip("matplotlib")
     out, picture = tmp_path / "scaling.jsonl", tmp_path / "scaling.png"
-    flags = ["--device", "cpu", "--threads", 1, "--quick", "--seconds", 20, "--out", out, "--plot", picture]
+    flags = ["--device", "cpu", "--threads", 1, "--quick", "--seconds", 300, "--out", out, "--plot", picture]
     chosen = ["--factors", "states", "steps", "--ops", "value_gradient_flow", "update"]
     done = run_module("profiling.bench", "scaling", *chosen, *flags, *tiny_flags())
     assert done.returncode == 0, done.stdout + done.stderr

@@ -87,7 +87,7 @@ def test_launches_do_not_depend_on_the_number_of_states():
 def test_the_command_prints_records_and_draws(tmp_path):
     pytest.importorskip("matplotlib")
     names = ["critic_value_and_score", "td_target"]
-    flags = ["--device", "cpu", "--threads", 1, "--seconds", 20, "--out", tmp_path, "--ops", *names, *tiny_flags()]
+    flags = ["--device", "cpu", "--threads", 1, "--seconds", 300, "--out", tmp_path, "--ops", *names, *tiny_flags()]
     done = run_module("profiling.roofline", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "roofline-cpu.json").read_text(encoding="utf-8"))
