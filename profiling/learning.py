@@ -51,6 +51,7 @@ TRAIN: dict[str, Any] = {
 
 TASKS: dict[str, dict[str, Any]] = {
     "pointmaze": {
+        "data": "vgf-fast generate --env pointmaze-medium-navigate --episodes 200 --out DIR",
         "online": ("success", "success, %", 100.0),
         "policy": {**NETWORKS, **_budgets(2, 0.15, 0.5), "target_q_aggregation": "mean"},
         # A value travels one step of the maze's two hundred with each renewal of the target critic.
@@ -58,6 +59,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "run": {"task": "pointmaze-medium-navigate-singletask-v0", "steps": 20000, "eval_episodes": 25},
     },
     "cube-single": {
+        "data": "vgf-fast generate --env cube-single-play --episodes 200 --out DIR",
         "online": ("success", "success, %", 100.0),
         # The behaviour's actions in a state are a few hundredths apart.
         "policy": {**NETWORKS, **_budgets(3, 0.01, 0.2), "target_q_aggregation": "mean"},
@@ -65,6 +67,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "run": {"task": "cube-single-play-singletask-v0", "steps": 12000, "eval_episodes": 25},
     },
     "halfcheetah": {
+        "data": "python -m profiling.locomotion --out DIR",
         "online": ("normalized", "normalised score", 1.0),
         "policy": {**NETWORKS, **_budgets(3, 0.05, 0.1), "target_q_aggregation": "min"},
         "train": {**TRAIN, "tau": 0.02},
@@ -128,7 +131,7 @@ def measure(name: str, data: Path, work: Path, seeds: Sequence[int]) -> dict[str
     differences = np.subtract(methods[f"L={fixed}"]["scores"], methods["L=0"]["scores"])
     return {
         **_facts(f"{name} --data DIR"), "task": name, "metric": metric,
-        "seeds": list(seeds), "settings": sections, "trajectories": len(own),
+        "data_command": TASKS[name]["data"], "seeds": list(seeds), "settings": sections, "trajectories": len(own),
         "data": {**_with_interval(own), "scores": []}, "methods": methods,
         "fixed": fixed, "best": max(FLOW_STEPS, key=lambda steps: methods[f"L={steps}"]["mean"]),
         "gain": _with_interval(differences.tolist()),
@@ -154,7 +157,7 @@ def measure_online(name: str, data: Path, work: Path, seeds: Sequence[int]) -> d
                     scores.setdefault(record["step"], {}).setdefault(label, []).append(factor * value)
     return {
         **_facts(f"{name} --online --data DIR"), "task": name, "metric": metric, "seeds": list(seeds),
-        "settings": {**ONLINE, "offline": TASKS[name]},
+        "data_command": TASKS[name]["data"], "settings": {**ONLINE, "offline": settings(name, Path("DIR"))},
         "scores": {
             str(step): {label: _with_interval(values) for label, values in by_label.items()}
             for step, by_label in scores.items()

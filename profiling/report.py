@@ -276,7 +276,8 @@ def learned(folder: Path) -> str:
     )
     about = "95 % intervals over seeds, those of the data over its trajectories."
     files = ", ".join(f"`{(folder / one['task']).relative_to(REPOSITORY)}.json`" for one in found)
-    source = f"Records: {files}, from `python -m profiling.learning TASK --data DIR`."
+    made = ", ".join(f"`{one['data_command']}`" for one in found)
+    source = f"Records: {files}, from `python -m profiling.learning TASK --data DIR`, on data of {made}."
     header = ["", *(f"{one['task']}, {one['metric']}" for one in found)]
     return f"{table(header, rows)}\n\n{' '.join(parts)} {about} {source}"
 

@@ -67,6 +67,7 @@ def small(monkeypatch):
         "policy": {**tiny, **learning._budgets(1, 0.1, 0.1)},
         "train": {"batch_size": 4},
         "run": {"task": TASK, "steps": 4, "eval_episodes": 2},
+        "data": learning.TASKS["halfcheetah"]["data"],
         "online": learning.TASKS["halfcheetah"]["online"],
     }
     online = {**learning.ONLINE, "steps": 8, "warm_up": 2, "buffer_size": 50, "eval_interval": 4, "eval_episodes": 2}
@@ -140,6 +141,7 @@ class Found:
 
         record = {
             "task": self.task, "metric": "success, %", "seeds": [0, 1, 2], "fixed": 3, "best": 5,
+            "data_command": "make it",
             "settings": {"run": {"eval_episodes": 25}}, "data": score(1.0), "gain": score(self.gain),
             "methods": {"bc": score(2.0), "L=0": score(3.0), "L=3": score(4.0), "L=5": score(6.0)},
         }  # fmt: skip
