@@ -276,6 +276,8 @@ def learned(folder: Path) -> str:
     )
     about = "95 % intervals over seeds, those of the data over its trajectories."
     files = ", ".join(f"`{(folder / one['task']).relative_to(REPOSITORY)}.json`" for one in found)
+    tuning = "; ".join(f"{one['task']}: {one['tuning']}" for one in found)
+    about += f" Settings were chosen on these tasks ({tuning})."
     made = ", ".join(f"`{one['data_command']}`" for one in found)
     source = f"Records: {files}, from `python -m profiling.learning TASK --data DIR`, on data of {made}."
     header = ["", *(f"{one['task']}, {one['metric']}" for one in found)]

@@ -67,7 +67,8 @@ def small(monkeypatch):
         "policy": {**tiny, **learning._budgets(1, 0.1, 0.1)},
         "train": {"batch_size": 4},
         "run": {"task": TASK, "steps": 4, "eval_episodes": 2},
-        "data": learning.TASKS["halfcheetah"]["data"],
+        "data": "make it",
+        "tuning": "nothing was tried",
         "online": learning.TASKS["halfcheetah"]["online"],
     }
     online = {**learning.ONLINE, "steps": 8, "warm_up": 2, "buffer_size": 50, "eval_interval": 4, "eval_episodes": 2}
@@ -141,7 +142,7 @@ class Found:
 
         record = {
             "task": self.task, "metric": "success, %", "seeds": [0, 1, 2], "fixed": 3, "best": 5,
-            "data_command": "make it",
+            "data_command": "make it", "tuning": "nothing was tried",
             "settings": {"run": {"eval_episodes": 25}}, "data": score(1.0), "gain": score(self.gain),
             "methods": {"bc": score(2.0), "L=0": score(3.0), "L=3": score(4.0), "L=5": score(6.0)},
         }  # fmt: skip
@@ -158,6 +159,7 @@ def test_the_table_says_where_the_flow_does_not_win(tmp_path, monkeypatch):
     assert "| VGF, best L by these numbers | L = 5: 6.0 (5.0 to 7.0) |" in text
     assert "| +2.0 (1.0 to 3.0) | -3.0 (-4.0 to -2.0) | +0.5 (-0.5 to 1.5) |" in text
     assert "beats best of N in one. It does not in three and two." in text
+    assert "(one: nothing was tried; three: nothing was tried; two: nothing was tried)" in text
     assert "| seeds, episodes each | 3, 25 | 3, 25 | 3, 25 |" in text
     scores = {str(step): {"L=3": {"mean": step, "low": 0.0, "high": 9.0, "scores": [step]}} for step in (0, 5000)}
     online = {"task": "one", "metric": "success, %", "seeds": [0], "command": "python -m it", "scores": scores}
