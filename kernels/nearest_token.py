@@ -434,19 +434,19 @@ def nearest_token(
         )
     if precision is not None:
         launch.check_choice("precision", precision, launch.FLOAT32_PRECISIONS)
-    for name, tensor, dtypes in (
+    for name, optional, dtypes in (
         ("mask", mask, (torch.bool,)),
         ("log_prior", log_prior, launch.PARTICLE_DTYPES),
         ("table_squares", table_squares, (torch.float32,)),
     ):
-        if tensor is None:
+        if optional is None:
             continue
-        if name != "log_prior" or tensor.ndim != 2:
-            launch.check_shape(name, tensor, (vocabulary,), "one value a token")
+        if name != "log_prior" or optional.ndim != 2:
+            launch.check_shape(name, optional, (vocabulary,), "one value a token")
         else:
-            launch.check_shape(name, tensor, (len(queries), vocabulary), "one value a query and token")
-        launch.check_dtype(name, tensor, dtypes)
-        launch.check_same_device(name, tensor, "queries", queries.device)
+            launch.check_shape(name, optional, (len(queries), vocabulary), "one value a query and token")
+        launch.check_dtype(name, optional, dtypes)
+        launch.check_same_device(name, optional, "queries", queries.device)
     if table_squares is not None:
         table_squares = table_squares.contiguous()
     return _nearest_token(queries, table, int(k), metric, mask, log_prior, table_squares, precision)

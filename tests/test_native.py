@@ -1,9 +1,10 @@
 """The CPU's compiled form of the torch backend against the plain one, and its compilation."""
 
 import networks
+import oracle
 import pytest
 import torch
-from properties import given, settings, st
+from properties import assume, given, settings, st
 from release import relative_error
 from tolerances import BOUNDS, within_twice
 
@@ -240,6 +241,123 @@ def test_where_it_is_taken():
     strided = weights._replace(weights=tuple(w.transpose(1, 2).contiguous().transpose(1, 2) for w in weights.weights))
     for other in (odd, strided, weights.to(torch.float64), weights.to(torch.float16)):
         assert form(other) is reference.CriticAtStates
+
+
+CONSTANTS = (0.9, 0.999, 1e-8, 1e-12, 1e-6)
+MODES = [(False, True), (True, True), (False, False)]  # of bandwidth_gradient and repulsion
+
+
+def draw(states, particles, action_dim, seed, clumps=0):
+    """Particles and scores; the first ``clumps`` particles of a state are one and the same."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(states, particles, action_dim, generator=generator) * 2.0 - 1.0
+    x[:, :clumps] = x[:, :1]
+    return x, 3.0 * torch.randn(x.shape, generator=generator)
+
+
+def moved(x, score, mode, optimizer="adam", step_size=0.1, temperature=0.3, steps=1):
+    flow = native.FlowSteps(x.clone(), step_size, temperature, *mode, optimizer, CONSTANTS)
+    for _ in range(steps):
+        flow.step(score)
+    return flow
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    states=st.integers(1, 4),
+    particles=st.one_of(st.integers(1, 20), st.sampled_from([64, 127, 128])),
+    action_dim=st.integers(1, 9),
+    clumps=st.sampled_from([0, 0, 2, 8]),
+    mode=st.sampled_from(MODES),
+    temperature=st.sampled_from([0.1, 1.0]),
+    seed=st.integers(0, 9),
+)
+def test_direction(states, particles, action_dim, clumps, mode, temperature, seed):
+    x, score = draw(states, particles, action_dim, seed, clumps)
+    truth = oracle.svgd_direction(x, score, temperature, *mode)
+    if mode[0]:
+        # Rounding may take one entry for another as the median.
+        assume(bool((truth.gap > 1e-5).all()))
+    phi = moved(x, score, mode, temperature=temperature).moments[0] / (1.0 - CONSTANTS[0])
+    assert ((phi.double() - truth.phi).abs() <= BOUNDS["svgd_direction"][F32] * truth.scale).all()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "ascent"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("states", "particles"), [(3, 10), (200, 7), (1, 1), (2, 128)])
+def test_steps_of_particles(states, particles, mode, optimizer):
+    """Three steps, each from where the one before ended."""
+    x, score = draw(states, particles, 5, 1)
+    flow = native.FlowSteps(x.clone(), 0.05, 0.3, *mode, optimizer, CONSTANTS)
+    exact, moments = x.double(), [torch.zeros(x.shape, dtype=torch.float64) for _ in range(2)]
+    for step in range(1, 4):
+        before = flow.x.double()
+        exact.copy_(before)
+        flow.step(score)
+        reference.svgd_step_(exact, score.double(), *moments, step, 0.05, 0.3, *mode, optimizer)
+        # Adam divides by the root of a square: next to zero, rounding decides.
+        truth = oracle.svgd_direction(before, score, 0.3, *mode)
+        clear = truth.phi.abs() > 1e-4 * truth.scale
+        if mode[0]:
+            clear &= (truth.gap > 1e-5).view(-1, 1, 1)
+        assert clear.double().mean() > 0.4 or particles == 1
+        assert ((flow.x - exact)[clear].abs() < 1e-5).all()
+        assert flow.x.abs().max() <= 1.0
+        if optimizer == "adam":
+            for mine, theirs in zip(flow.moments, moments, strict=True):
+                theirs.copy_(mine)
+        else:
+            assert flow.moments.numel() == 0
+
+
+def test_particles_that_are_not_numbers_show():
+    """A broken particle or score breaks its state, and no other."""
+    for mode in MODES:
+        for broken in (torch.nan, torch.inf):
+            x, score = draw(3, 6, 2, 0)
+            x[1, 2, 0] = broken
+            found = moved(x, score, mode).x
+            assert found.isnan().flatten(1).all(1).tolist() == [False, True, False]
+            assert found.isnan().flatten(1).any(1).tolist() == [False, True, False]
+        x, score = draw(3, 6, 2, 0)
+        score[1, 2, 0] = torch.nan
+        assert moved(x, score, mode).x[..., 0].isnan().all(1).tolist() == [False, True, False]
+
+
+def test_threads_move_particles_alike(monkeypatch):
+    monkeypatch.setattr(native, "PRODUCTS_A_THREAD", 1)
+    x, score = draw(40, 9, 3, 0)
+    found = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(moved(x, score, (True, True), steps=3).x)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "ascent"])
+def test_a_whole_flow(optimizer):
+    """Compiled code and PyTorch's operators, over the public function's way; the particles given are left alone."""
+    module = networks.critic(OBSERVATION_DIM, 3, (32, 32))
+    states, particles = networks.states_and_actions(4, 8, OBSERVATION_DIM, 3)
+    strided = particles.transpose(0, 1).contiguous().transpose(0, 1)
+    arguments = (3, 0.02, 0.5, "min", False, True, optimizer, True)
+    found = reference.value_gradient_flow(module.stacked(), states, strided, *arguments)
+    with native.off():
+        plain = reference.value_gradient_flow(module.stacked(), states, particles, *arguments)
+    assert torch.equal(strided, particles)
+    assert found.trajectory.shape == plain.trajectory.shape == (4, *particles.shape)
+    assert (found.particles - plain.particles).abs().median() < 1e-6
+    torch.testing.assert_close(found.q, plain.q, rtol=1e-2, atol=1e-2)
+
+
+def test_particles_it_leaves_to_pytorch():
+    x, _ = draw(2, 8, 3, 0)
+    assert native.moves(x)
+    with native.off():
+        assert not native.moves(x)
+    for other in (x.double(), x.bfloat16(), x[:, ::2], x[:0], torch.zeros(1, 129, 2)):
+        assert not native.moves(other)
 
 
 @pytest.fixture

@@ -16,6 +16,11 @@ from vgf_fast import reference
 from vgf_fast.reference import MLPWeights
 
 
+def _entries(group: nn.ParameterList) -> tuple[Tensor, ...]:
+    """What is in a list; walking it would look every entry up by its name, a tenth of a small action's time."""
+    return tuple(entry for entry in group._parameters.values() if entry is not None)
+
+
 class StackedMLP(nn.Module):
     """E multi-layer perceptrons of one shape with stacked parameters.
 
@@ -51,9 +56,8 @@ class StackedMLP(nn.Module):
 
     def stacked(self) -> MLPWeights:
         """The parameters as the backends take them; no copy."""
-        return MLPWeights(
-            tuple(self.weights), tuple(self.biases), tuple(self.norm_scales), tuple(self.norm_biases), self.activation
-        )
+        weights, biases = _entries(self.weights), _entries(self.biases)
+        return MLPWeights(weights, biases, _entries(self.norm_scales), _entries(self.norm_biases), self.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [R, in] -> [E, R, out]; differentiable."""

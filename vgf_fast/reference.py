@@ -9,6 +9,7 @@ Particles, scores and the SVGD direction are float32 at least; the matrix produc
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -378,6 +379,25 @@ def adam_step_(
     particles.addcdiv_(first_moment, scale, value=step_size / (1.0 - ADAM_BETA1**step)).clamp_(-1.0, 1.0)
 
 
+def _steps(
+    x: Tensor, step_size: float, temperature: float, bandwidth_gradient: bool, repulsion: bool, optimizer: str
+) -> Callable[[Tensor], None]:
+    """``svgd_step_`` of particles x along a score, step after step; few particles a state in compiled code on a CPU."""
+    if native.moves(x):
+        constants = (ADAM_BETA1, ADAM_BETA2, ADAM_EPS, BANDWIDTH_MIN, GAMMA_EPS)
+        options = (step_size, temperature, bandwidth_gradient, repulsion, optimizer)
+        return native.FlowSteps(x, *options, constants).step
+    zeros = (torch.zeros_like(x), torch.zeros_like(x))
+    moments: tuple[Tensor | None, Tensor | None] = zeros if optimizer == "adam" else (None, None)
+    numbers = itertools.count(1)
+
+    def move(score: Tensor) -> None:
+        step = next(numbers)
+        svgd_step_(x, score, *moments, step, step_size, temperature, bandwidth_gradient, repulsion, optimizer)
+
+    return move
+
+
 @torch.no_grad()
 def value_gradient_flow(
     critic: MLPWeights,
@@ -398,14 +418,12 @@ def value_gradient_flow(
     ``evaluate`` also returns every member's value at the last particles.
     """
     at_states = critic_at_states(critic, observations, particles.shape[1], backward=steps > 0)
-    x = particles.clone()
-    zeros = (torch.zeros_like(x), torch.zeros_like(x))
-    moments: tuple[Tensor | None, Tensor | None] = zeros if optimizer == "adam" else (None, None)
+    x = particles.clone(memory_format=torch.contiguous_format)
     trajectory = [x.clone()] if return_trajectory else []
+    move = _steps(x, step_size, temperature, bandwidth_gradient, repulsion, optimizer)
     for step in range(1, steps + 1):
         with ranges.span(f"vgf/flow_step/{step - 1}"):
-            score = at_states.score(x, q_aggregation)
-            svgd_step_(x, score, *moments, step, step_size, temperature, bandwidth_gradient, repulsion, optimizer)
+            move(at_states.score(x, q_aggregation))
         if return_trajectory:
             trajectory.append(x.clone())
     q = None

@@ -1,8 +1,8 @@
-"""The torch backend's networks at few rows on a CPU: ``mlp.c``, compiled for this machine when first needed.
+"""The torch backend's flows on a CPU: ``flow.c``, compiled for this machine when first needed.
 
 At ten rows a product of PyTorch's takes three times what its arithmetic needs, and each of some hundred operators a few
-microseconds more. Here one call runs all layers, on PyTorch's own threads. Without a C compiler, or with
-``VGF_FAST_NATIVE=0``, PyTorch's operators do the same.
+microseconds more. Here one call runs all layers, and another moves the particles, on PyTorch's own threads. Without a C
+compiler, or with ``VGF_FAST_NATIVE=0``, PyTorch's operators do the same.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ MANY_ROWS = 256  # from which on weights are packed and rows taken in chunks
 CHUNK_ROWS = 60
 WIDTHS = 16  # hidden widths are multiples of it
 MAX_LAYERS = 32
+MAX_PARTICLES = 128  # beyond, PyTorch's products are the faster ones
 PRODUCTS_A_THREAD = 50_000  # multiplications of a layer that pay for another thread
-_SOURCE = Path(__file__).with_name("mlp.c")
+_SOURCE = Path(__file__).with_name("flow.c")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp")
 _ACTIVATIONS = {"relu": 0, "gelu": 1, "swish": 2}
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -44,6 +45,7 @@ logger = logging.getLogger("vgf_fast")
 # --- the library -----------------------------------------------------------------------------------------------------
 
 
+_CONSTANTS = ("beta1", "beta2", "adam_eps", "bandwidth_min", "gamma_eps")
 _POINTERS = ("weight", "packed", "transposed", "bias", "scale", "shift")
 
 
@@ -57,6 +59,16 @@ class _Network(ctypes.Structure):
         ),
         ("widths", ctypes.POINTER(ctypes.c_int64)),
         *((name, ctypes.POINTER(ctypes.c_void_p)) for name in _POINTERS),
+    )
+
+
+class _Flow(ctypes.Structure):
+    """``struct flow``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("particles", "entries", "step")),
+        *((name, ctypes.c_int64) for name in ("bandwidth_gradient", "repulsion", "adam")),
+        *((name, ctypes.c_float) for name in ("step_size", "temperature", *_CONSTANTS)),
     )
 
 
@@ -87,7 +99,7 @@ def _machine() -> str:
 
 
 def build() -> Path:
-    """Compile ``mlp.c``, unless that is done, and return the library's path.
+    """Compile ``flow.c``, unless that is done, and return the library's path.
 
     Raises ``RuntimeError`` without a compiler or when it fails, and ``OSError`` when there is nowhere to write.
     """
@@ -96,17 +108,17 @@ def build() -> Path:
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     key = _digest(source + "\n".join((*compiler, version, *_FLAGS, _machine())).encode())
     folder = cache_directory()
-    for path in folder.glob(f"mlp-{key}-*.so"):
+    for path in folder.glob(f"flow-{key}-*.so"):
         # Loading a file that was cut short would end the process.
         if path.stem.rpartition("-")[2] == _digest(path.read_bytes()):
             return path
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as aside:
-        made = Path(aside) / "mlp"
+        made = Path(aside) / "flow"
         _run([*compiler, *_FLAGS, "-c", str(_SOURCE), "-o", f"{made}.o"])
         # Linked with no OpenMP runtime: PyTorch has loaded one, and its threads serve here too.
         _run([*compiler, "-shared", f"{made}.o", "-o", f"{made}.so", "-lm"])
-        path = folder / f"mlp-{key}-{_digest(Path(f'{made}.so').read_bytes())}.so"
+        path = folder / f"flow-{key}-{_digest(Path(f'{made}.so').read_bytes())}.so"
         os.replace(f"{made}.so", path)
     return path
 
@@ -141,6 +153,8 @@ def library() -> ctypes.CDLL | None:
         ("pack", None, (pointer, pointer, *(whole,) * 6)),
         ("critic", None, (network, pointer, pointer, whole, whole, whole, pointer, pointer, *common)),
         ("behavior_flow", None, (network, pointer, pointer, pointer, whole, whole, whole, *common)),
+        ("flow_workspace", whole, (ctypes.POINTER(_Flow), whole)),
+        ("flow_step", None, (ctypes.POINTER(_Flow), pointer, pointer, pointer, pointer, whole, pointer, whole)),
     ):
         function = getattr(found, f"vgf_{name}")
         function.restype, function.argtypes = result, arguments
@@ -292,6 +306,62 @@ def behavior_flow(velocity: MLPWeights, observations: Tensor, noise: Tensor, ste
         *(*field.sizes, steps, *field._common()),
     )
     return x.to(noise.dtype)
+
+
+# --- particles -------------------------------------------------------------------------------------------------------
+
+
+class FlowSteps:
+    """Steps of particles x [B, N, A], which are written: ``reference.svgd_step_``, from the first step on.
+
+    ``constants`` are Adam's beta1, beta2 and epsilon, the smallest bandwidth, and what is added to it in gamma.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        step_size: float,
+        temperature: float,
+        bandwidth_gradient: bool,
+        repulsion: bool,
+        optimizer: str,
+        constants: tuple[float, float, float, float, float],
+    ) -> None:
+        found = library()
+        assert found is not None
+        self.library = found
+        self.x = x
+        particles, entries = x.shape[1:]
+        adam = optimizer == "adam"
+        self.flow = _Flow(
+            *(particles, entries, 0, bandwidth_gradient, repulsion, adam), step_size, temperature, *constants
+        )
+        self.moments = torch.zeros(2 if adam else 0, *x.shape, dtype=torch.float32)
+        self.threads = max(1, min(torch.get_num_threads(), x.numel() * particles // PRODUCTS_A_THREAD))
+        self.workspace = torch.empty(found.vgf_flow_workspace(self.flow, self.threads), dtype=torch.float32)
+
+    def step(self, score: Tensor) -> None:
+        """Move along the direction of a score [B, N, A]."""
+        self.flow.step += 1
+        score = score.contiguous()
+        self.library.vgf_flow_step(
+            *(self.flow, self.x.data_ptr(), score.data_ptr(), *([m.data_ptr() for m in self.moments] or (None, None))),
+            *(len(self.x), self.workspace.data_ptr(), self.threads),
+        )
+
+
+def moves(x: Tensor) -> bool:
+    """Whether ``FlowSteps`` takes particles [B, N, A]."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+        and x.numel() > 0
+        and x.shape[1] <= MAX_PARTICLES
+        and not _chosen_off.get()
+        and _has_memory(x)
+        and library() is not None
+    )
 
 
 def _pointers(addresses: Sequence[int]) -> ctypes.Array[ctypes.c_void_p]:

@@ -1,4 +1,4 @@
-/* Perceptrons at particles on a CPU: an ensemble's values and action gradient, and the Euler steps of a velocity field.
+/* The flows on a CPU: an ensemble's values and action gradient, a velocity field's Euler steps, and particles' own.
 
    One call runs all layers. Few rows are shared out by columns, in one team of threads, and the weights are read where
    PyTorch keeps them, [in, out] row by row, forward and backward. Many rows are shared out in chunks, each of which a
@@ -670,6 +670,116 @@ static void behavior_flow(const struct mlp *net, struct team team, const float *
   for (int64_t j = mine.from * out; j < mine.to * out; j++) x[j] = x[j] < -1.0f ? -1.0f : x[j] > 1.0f ? 1.0f : x[j];
 }
 
+/* ---- particles of a state ---- */
+
+struct flow {
+  int64_t particles, entries, step; /* N, A, and the step's number from 1 on */
+  int64_t bandwidth_gradient, repulsion, adam;
+  float step_size, temperature, beta1, beta2, adam_eps, bandwidth_min, gamma_eps;
+};
+
+/* The entry of rank k, from 0 on, of n numbers, none of them NaN; leaves the smaller ones before place k. */
+static float select_rank(float *values, int64_t n, int64_t k) {
+  int64_t low = 0, high = n - 1;
+  while (low < high) {
+    float pivot = values[low + (high - low) / 2];
+    int64_t i = low, j = high;
+    while (i <= j) {
+      while (values[i] < pivot) i++;
+      while (values[j] > pivot) j--;
+      if (i <= j) {
+        float swap = values[i];
+        values[i++] = values[j];
+        values[j--] = swap;
+      }
+    }
+    if (k <= j) high = j;
+    else if (k >= i) low = i;
+    else break;
+  }
+  return values[k];
+}
+
+/* Place of the entry of rank k in a stable sort of n numbers, whose value it is. */
+static int64_t place_of_rank(const float *values, int64_t n, int64_t k, float value) {
+  for (int64_t i = 0; i < n; i++) k -= values[i] < value;
+  for (int64_t i = 0;; i++)
+    if (values[i] == value && k-- == 0) return i;
+}
+
+static int64_t flow_floats(const struct flow *flow) {
+  int64_t n = flow->particles;
+  return 2 * (n * n + V) + n * flow->entries;
+}
+
+/* phi [N, A], to be divided by N, of particles x [N, A] with score [N, A]. distances, kernel [N * N + V]. */
+static void direction(const struct flow *flow, const float *x, const float *score, float *phi, float *distances,
+                      float *kernel) {
+  int64_t n = flow->particles, width = flow->entries, all = n * n;
+  float broken = 0.0f;
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t j = 0; j < n; j++) {
+      float total = 0.0f;
+      for (int64_t a = 0; a < width; a++) {
+        float d = x[i * width + a] - x[j * width + a];
+        total += d * d;
+      }
+      distances[i * n + j] = kernel[i * n + j] = total;
+      broken += total - total;
+    }
+  if (broken != 0.0f) {
+    /* Every particle of the state is pulled by every other one. */
+    for (int64_t j = 0; j < n * width; j++) phi[j] = NAN;
+    return;
+  }
+  int64_t lower = (all - 1) / 2, upper = all / 2;
+  float first = select_rank(kernel, all, lower), second = first;
+  if (upper > lower) {
+    second = kernel[upper];
+    for (int64_t j = upper + 1; j < all; j++) second = kernel[j] < second ? kernel[j] : second;
+  }
+  float spread = logf((float)n + 1.0f), h = (upper > lower ? 0.5f * (first + second) : first) / (2.0f * spread);
+  float gamma = 1.0f / (flow->gamma_eps + 2.0f * (h > flow->bandwidth_min ? h : flow->bandwidth_min));
+  double slope = 0.0; /* over up to 16,384 entries */
+  for (int64_t j = 0; j < all; j += V) store(kernel + j, exponential(-gamma * load(distances + j)));
+  for (int64_t j = 0; j < all; j++) slope += distances[j] * kernel[j];
+  slope *= h <= flow->bandwidth_min ? 0.0 : (double)gamma * gamma / spread;
+  for (int64_t i = 0; i < n; i++) {
+    float *to = phi + i * width, attraction = flow->repulsion ? 1.0f / flow->temperature : 1.0f;
+    for (int64_t a = 0; a < width; a++) to[a] = 0.0f;
+    for (int64_t j = 0; j < n; j++) {
+      float k = kernel[i * n + j], pull = k * attraction, push = flow->repulsion ? 2.0f * gamma * k : 0.0f;
+      for (int64_t a = 0; a < width; a++)
+        to[a] += pull * score[j * width + a] + push * (x[i * width + a] - x[j * width + a]);
+    }
+  }
+  if (flow->bandwidth_gradient && flow->repulsion)
+    for (int64_t rank = lower; rank <= upper; rank++) {
+      int64_t place = place_of_rank(distances, all, rank, rank == lower ? first : second);
+      const float *one = x + place / n * width, *other = x + place % n * width;
+      float part = (float)(-2.0 * slope / (double)(upper - lower + 1));
+      for (int64_t a = 0; a < width; a++) phi[place / n * width + a] += part * (one[a] - other[a]);
+    }
+}
+
+static void move(const struct flow *flow, float *x, const float *score, float *m, float *v, float *workspace) {
+  int64_t n = flow->particles, count = n * flow->entries;
+  float *distances = workspace, *kernel = distances + n * n + V, *phi = kernel + n * n + V;
+  direction(flow, x, score, phi, distances, kernel);
+  double left1 = 1.0 - pow(flow->beta1, (double)flow->step), left2 = 1.0 - pow(flow->beta2, (double)flow->step);
+  float rate = (float)(flow->step_size / left1), unbias = (float)(1.0 / left2), share = 1.0f / (float)n;
+  for (int64_t j = 0; j < count; j++) {
+    float g = phi[j] * share, moved;
+    if (flow->adam) {
+      m[j] = flow->beta1 * m[j] + (1.0f - flow->beta1) * g;
+      v[j] = flow->beta2 * v[j] + (1.0f - flow->beta2) * (g * g);
+      moved = x[j] + rate * m[j] / (sqrtf(v[j] * unbias) + flow->adam_eps);
+    } else
+      moved = x[j] + flow->step_size * g;
+    x[j] = moved < -1.0f ? -1.0f : moved > 1.0f ? 1.0f : moved;
+  }
+}
+
 /* ---- what Python calls ---- */
 
 /* Floats of workspace for a call with B states of N particles, in chunks of `chunk` states; 0: all together. */
@@ -749,4 +859,18 @@ void vgf_behavior_flow(const struct mlp *net, const float *share, const float *h
     behavior_flow(net, (struct team){0, 1}, share + b * net->widths[0], head, x + b * particles * net->out, count,
                   particles, steps, workspace + omp_get_thread_num() * each, eps);
   }
+}
+
+/* Floats of workspace for the call below. */
+int64_t vgf_flow_workspace(const struct flow *flow, int64_t threads) { return threads * flow_floats(flow); }
+
+/* One step of particles x [B, N, A] along their direction, with Adam's moments m, v [B, N, A], or null for plain ascent;
+   clipped to [-1, 1]. */
+void vgf_flow_step(const struct flow *flow, float *x, const float *score, float *m, float *v, int64_t states,
+                   float *workspace, int64_t threads) {
+  int64_t count = flow->particles * flow->entries;
+#pragma omp parallel for num_threads((int)threads)
+  for (int64_t b = 0; b < states; b++)
+    move(flow, x + b * count, score + b * count, flow->adam ? m + b * count : 0, flow->adam ? v + b * count : 0,
+         workspace + omp_get_thread_num() * flow_floats(flow));
 }
