@@ -52,8 +52,8 @@ TRAIN: dict[str, Any] = {
 TASKS: dict[str, dict[str, Any]] = {
     "pointmaze": {
         "tuning": (
-            "four other settings were tried with one seed each, all without success; three seeds of this one had 22.7 at "
-            "L = 0, 9.3 at L = 2 and 37.3 at L = 5 after 8,000 updates, before they were taken on to 20,000"
+            "four other settings were tried with one seed each, all without success; three seeds of this one had 22.7 "
+            "at L = 0, 9.3 at L = 2 and 37.3 at L = 5 after 8,000 updates, before they were taken on to 20,000"
         ),
         "data": "vgf-fast generate --env pointmaze-medium-navigate --episodes 200 --out DIR",
         "online": ("success", "success, %", 100.0),
@@ -63,7 +63,9 @@ TASKS: dict[str, dict[str, Any]] = {
         "run": {"task": "pointmaze-medium-navigate-singletask-v0", "steps": 20000, "eval_episodes": 25},
     },
     "cube-single": {
-        "tuning": "a step size of 0.01 with temperature 0.2 gave 12.0 at L = 0, 8.0 at L = 1 and 1.3 at L = 3, three seeds",
+        "tuning": (
+            "a step size of 0.01 with temperature 0.2 gave 12.0 at L = 0, 8.0 at L = 1 and 1.3 at L = 3, three seeds"
+        ),
         "data": "vgf-fast generate --env cube-single-play --episodes 200 --out DIR",
         "online": ("success", "success, %", 100.0),
         "policy": {**NETWORKS, **_budgets(3, 0.05, 0.5), "target_q_aggregation": "mean"},
@@ -136,7 +138,8 @@ def measure(name: str, data: Path, work: Path, seeds: Sequence[int]) -> dict[str
     differences = np.subtract(methods[f"L={fixed}"]["scores"], methods["L=0"]["scores"])
     return {
         **_facts(f"{name} --data DIR"), "task": name, "metric": metric,
-        "data_command": TASKS[name]["data"], "tuning": TASKS[name]["tuning"], "seeds": list(seeds), "settings": sections, "trajectories": len(own),
+        "data_command": TASKS[name]["data"], "tuning": TASKS[name]["tuning"],
+        "seeds": list(seeds), "settings": sections, "trajectories": len(own),
         "data": {**_with_interval(own), "scores": []}, "methods": methods,
         "fixed": fixed, "best": max(FLOW_STEPS, key=lambda steps: methods[f"L={steps}"]["mean"]),
         "gain": _with_interval(differences.tolist()),

@@ -265,12 +265,13 @@ def learned(folder: Path) -> str:
         ("L of the training over L = 0, seed by seed", lambda one: _gain(one["gain"])),
     ):
         rows.append([name, *(make(one) for one in found)])
-    wins = {one["task"]: one["gain"]["low"] > 0 for one in found}
-    parts = []
-    if any(wins.values()):
-        parts.append(f"The flow of the training beats best of N in {_listed([t for t, won in wins.items() if won])}.")
-    if not all(wins.values()):
-        parts.append(f"It does not in {_listed([t for t, won in wins.items() if not won])}.")
+    verdicts = (
+        ("The L of the training beats best of N in", lambda gain: gain["low"] > 0),
+        ("The L of the training loses to best of N in", lambda gain: gain["high"] < 0),
+        ("The interval of its gain holds 0 in", lambda gain: gain["low"] <= 0 <= gain["high"]),
+    )
+    named = [(text, [one["task"] for one in found if holds(one["gain"])]) for text, holds in verdicts]
+    parts = [f"{text} {_listed(names)}." for text, names in named if names]
     rows.append(
         ["seeds, episodes each", *(f"{len(o['seeds'])}, {o['settings']['run']['eval_episodes']}" for o in found)]
     )

@@ -158,7 +158,8 @@ def test_the_table_says_where_the_flow_does_not_win(tmp_path, monkeypatch):
     assert "|  | one, success, % | three, success, % | two, success, % |" in text
     assert "| VGF, best L by these numbers | L = 5: 6.0 (5.0 to 7.0) |" in text
     assert "| +2.0 (1.0 to 3.0) | -3.0 (-4.0 to -2.0) | +0.5 (-0.5 to 1.5) |" in text
-    assert "beats best of N in one. It does not in three and two." in text
+    assert "The L of the training beats best of N in one. " in text
+    assert "The L of the training loses to best of N in three. The interval of its gain holds 0 in two." in text
     assert "(one: nothing was tried; three: nothing was tried; two: nothing was tried)" in text
     assert "| seeds, episodes each | 3, 25 | 3, 25 | 3, 25 |" in text
     scores = {str(step): {"L=3": {"mean": step, "low": 0.0, "high": 9.0, "scores": [step]}} for step in (0, 5000)}
