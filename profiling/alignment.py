@@ -21,6 +21,7 @@ import datetime
 import json
 import math
 import random
+import shlex
 import statistics
 import time
 from collections.abc import Callable
@@ -331,9 +332,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     models = Models(arguments.models)
+    chosen = arguments.methods
+    some = "" if chosen == parser.get_default("methods") else " --methods " + shlex.join(chosen)
     facts = {
         "command": f"python -m profiling.alignment --pairs {arguments.pairs} --seed {arguments.seed} --units "
-        f"{arguments.units}",
+        f"{arguments.units}{some}",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": machine.cpu_name(),
         "threads": arguments.threads,
