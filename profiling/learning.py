@@ -65,8 +65,8 @@ TASKS: dict[str, dict[str, Any]] = {
     "cube-single": {
         "tuning": (
             "three seeds with a step size of 0.05 and temperature 0.5 had 18.7 at L = 0 and 0.0 at L = 3 after 12,000 "
-            "updates; those of these settings 12.0 at L = 0, 8.0 at L = 1 and 1.3 at L = 3, before they were taken on to "
-            "30,000"
+            "updates; those of these settings 12.0 at L = 0, 8.0 at L = 1 and 1.3 at L = 3, before they were taken on "
+            "to 30,000"
         ),
         "data": "vgf-fast generate --env cube-single-play --episodes 200 --out DIR",
         "online": ("success", "success, %", 100.0),
