@@ -130,7 +130,9 @@ class TestMakefile:
         return tmp_path
 
     def commands(self, folder, *arguments):
-        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "MAKEFLAGS")}
+        # Not as a part of the make that may run these tests.
+        own = ("PYTHON", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+        environment = {name: value for name, value in os.environ.items() if name not in own}
         done = subprocess.run(
             ["make", "-n", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=True
         )
