@@ -208,7 +208,7 @@ def roofline(path: Path) -> str:
         for op in found["ops"]
     ]
     source = f"Record: `{path.relative_to(REPOSITORY)}` ({found['date'][:10]}, {found['device']})"
-    measured = f"Measured ceilings: matrix products {rates}; copy {ceilings['memory'] * 1e-9:.3g} GB/s; "
+    measured = f"Measured ceilings: products and sums {rates}; copy {ceilings['memory'] * 1e-9:.3g} GB/s; "
     launch = f"an operator or launch {ceilings['launch'] * 1e6:.2g} us."
     header = ["", "sizes", "dtype", "GFLOP", "bound by", "% of what is possible"]
     return f"{table(header, rows)}\n\n{measured}{launch} {source}, from `python -m profiling.roofline`."

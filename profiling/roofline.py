@@ -25,6 +25,7 @@ from profiling.bench import say
 from profiling.registry import GRIDS, OPS, Op
 from profiling.report import resources
 from profiling.worker import Sizes
+from vgf_fast import native
 from vgf_fast.progress import progress_bar
 
 RESULTS = machine.REPOSITORY / "profiling" / "results"
@@ -134,8 +135,18 @@ def copy_rate(device: torch.device) -> float:
     return 2.0 * size / _median_seconds(lambda: target.copy_(source), device)
 
 
+def arithmetic_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a CPU that multiplies and adds in its registers alone; 0 where nothing is compiled to tell."""
+    library = native.library()
+    if library is None:
+        return 0.0
+    arguments = (500_000, dtype == torch.bfloat16, torch.get_num_threads())
+    operations = float(library.vgf_peak(*arguments))
+    return operations / _median_seconds(lambda: library.vgf_peak(*arguments), torch.device("cpu"))
+
+
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the best of some large products."""
+    """FLOP/s of the best of some large products, or on a CPU of arithmetic without memory, which they may not reach."""
     cuda = device.type == "cuda"
     # The last is a layer of the paper's network for its 2,560 rows.
     shapes = [(8192, 8192, 8192), (16384, 4096, 4096)] if cuda else [(1024, 1024, 1024), (2560, 512, 512)]
@@ -143,7 +154,7 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     for m, n, k in shapes:
         x, y = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
         rates.append(2.0 * m * n * k / _median_seconds(lambda x=x, y=y: x @ y, device))  # type: ignore[misc]
-    return max(rates)
+    return max(*rates, 0.0 if cuda else arithmetic_rate(dtype))
 
 
 def cache_rate(device: torch.device, size: int = SHARED_BYTES) -> float:

@@ -360,6 +360,12 @@ def test_particles_it_leaves_to_pytorch():
         assert not native.moves(other)
 
 
+def test_arithmetic_alone_is_counted():
+    library = native.library()
+    assert library.vgf_peak(100, 0, 2) == 2 * library.vgf_peak(100, 0, 1) == 4 * library.vgf_peak(50, 0, 1) > 0.0
+    assert library.vgf_peak(100, 1, 1) == (2 * library.vgf_peak(100, 0, 1) if library.vgf_has_bfloat16() else 0.0)
+
+
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """A cache of its own, and nothing found yet."""

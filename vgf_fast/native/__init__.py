@@ -150,6 +150,7 @@ def library() -> ctypes.CDLL | None:
     for name, result, arguments in (
         ("workspace", whole, (network, *(whole,) * 4)),
         ("has_bfloat16", whole, ()),
+        ("peak", ctypes.c_double, (whole, whole, whole)),
         ("pack", None, (pointer, pointer, *(whole,) * 6)),
         ("critic", None, (network, pointer, pointer, whole, whole, whole, pointer, pointer, *common)),
         ("behavior_flow", None, (network, pointer, pointer, pointer, whole, whole, whole, *common)),

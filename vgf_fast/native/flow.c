@@ -874,3 +874,33 @@ void vgf_flow_step(const struct flow *flow, float *x, const float *score, float 
     move(flow, x + b * count, score + b * count, flow->adam ? m + b * count : 0, flow->adam ? v + b * count : 0,
          workspace + omp_get_thread_num() * flow_floats(flow));
 }
+
+/* Floating-point operations in `rounds` rounds of products and sums of vectors that stay in registers, on every thread,
+   in bfloat16 where half is set: what the CPU can do at most. 0 where it has no such products. */
+double vgf_peak(int64_t rounds, int64_t half, int64_t threads) {
+  enum { CHAINS = MANY_REGISTERS ? 24 : 12 };
+  volatile float start = 1e-3f, sink = 0.0f;
+#ifndef __AVX512BF16__
+  if (half) return 0.0;
+#endif
+#pragma omp parallel num_threads((int)threads)
+  {
+    vec chains[CHAINS], x = splat(start), y = splat(start);
+    for (int i = 0; i < CHAINS; i++) chains[i] = x * (float)i;
+    for (int64_t round = 0; round < rounds; round++)
+#pragma GCC unroll 24
+      for (int i = 0; i < CHAINS; i++) {
+#ifdef __AVX512BF16__
+        if (half)
+          chains[i] = (vec)_mm512_dpbf16_ps((__m512)chains[i], (__m512bh)x, (__m512bh)y);
+        else
+#endif
+          chains[i] = chains[i] * x + y;
+      }
+    float total = 0.0f;
+    for (int i = 0; i < CHAINS; i++) total += sum(chains[i]);
+#pragma omp critical
+    sink = sink + total;
+  }
+  return (double)rounds * CHAINS * V * 2.0 * (half ? 2.0 : 1.0) * (double)threads;
+}
