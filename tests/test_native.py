@@ -1,5 +1,7 @@
 """The CPU's compiled form of the torch backend against the plain one, and its compilation."""
 
+import platform
+
 import networks
 import oracle
 import pytest
@@ -403,6 +405,30 @@ def test_without_a_compiler_pytorch_does_the_same(fresh, monkeypatch, caplog):
         assert len(caplog.messages) == (said is not None)
         assert said is None or said in caplog.text
         assert relative_error(same, action.double()) < 1e-4
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="options of the compiler for x86-64")
+@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx"])
+def test_on_a_cpu_of_narrower_vectors(fresh, monkeypatch, without):
+    """Vectors of eight and of four numbers, tiles for sixteen registers, and no products of bfloat16."""
+    monkeypatch.setenv("CC", f"gcc {without}")
+    library = native.library()
+    if library is None:
+        pytest.skip("needs gcc")
+    assert not library.vgf_has_bfloat16()
+    module = networks.critic(OBSERVATION_DIM, 3, (64, 48, 16), activation="gelu")
+    for batch in (3, 40):
+        check(module, *networks.states_and_actions(batch, 10, OBSERVATION_DIM, 3), "min")
+    velocity = networks.velocity(OBSERVATION_DIM, 3, (64, 48))
+    states, noise = networks.states_and_actions(3, 10, OBSERVATION_DIM, 3)
+    truth = reference.behavior_flow(networks.exact(velocity), states.double(), noise.double(), 4)
+    assert (
+        relative_error(native.behavior_flow(velocity.stacked(), states, noise, 4), truth) < BOUNDS["behavior_flow"][F32]
+    )
+    x, score = draw(3, 10, 3, 0)
+    truth = oracle.svgd_direction(x, score, 0.3)
+    phi = moved(x, score, (False, True)).moments[0] / (1.0 - CONSTANTS[0])
+    assert ((phi.double() - truth.phi).abs() <= BOUNDS["svgd_direction"][F32] * truth.scale).all()
 
 
 def test_a_damaged_library_is_made_again(fresh):
