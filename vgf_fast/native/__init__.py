@@ -1,8 +1,7 @@
 """The torch backend's flows on a CPU: ``flow.c``, compiled for this machine when first needed.
 
-At ten rows a product of PyTorch's takes three times what its arithmetic needs, and each of some hundred operators a few
-microseconds more. Here one call runs all layers, and another moves the particles, on PyTorch's own threads. Without a C
-compiler, or with ``VGF_FAST_NATIVE=0``, PyTorch's operators do the same.
+One call runs all layers of a network, and another moves the particles, on PyTorch's own threads. Without a C compiler,
+or with ``VGF_FAST_NATIVE=0``, PyTorch's operators do the same.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ MANY_ROWS = 256  # from which on weights are packed and rows taken in chunks
 CHUNK_ROWS = 60
 WIDTHS = 16  # hidden widths are multiples of it
 MAX_LAYERS = 32
-MAX_PARTICLES = 128  # beyond, PyTorch's products are the faster ones
-PRODUCTS_A_THREAD = 50_000  # multiplications of a layer that pay for another thread
+MAX_PARTICLES = 128  # of a state, as many as the kernels take
+PRODUCTS_A_THREAD = 50_000  # multiplications of a layer for every thread that takes part
 _SOURCE = Path(__file__).with_name("flow.c")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp")
 _ACTIVATIONS = {"relu": 0, "gelu": 1, "swish": 2}
