@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from vgf_fast import checkpoints, cli
+from vgf_fast import checkpoints, cli, native
 from vgf_fast.cli import main
 
 gymnasium = pytest.importorskip("gymnasium")
@@ -527,8 +527,12 @@ def test_info(capsys):
     folder = Path(__file__).parent.parent / "kernels"
     assert found["kernels"] == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
     assert found["threads"]["torch"] == torch.get_num_threads()
+    assert found["compiled"] == native.state()
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
+    printed = " ".join(printed.split())
+    assert found["compiled"] in printed
+    assert found["threads"]["spin"] in printed
     assert torch.__version__ in printed
     assert "backend triton" in printed
 

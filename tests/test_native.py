@@ -1,5 +1,7 @@
 """The CPU's compiled form of the torch backend against the plain one, and its compilation."""
 
+import logging
+import multiprocessing
 import platform
 
 import networks
@@ -391,7 +393,8 @@ def test_without_a_compiler_pytorch_does_the_same(fresh, monkeypatch, caplog):
     assert native.library() is not None
     assert [path.suffix for path in native.cache_directory().iterdir()] == [".so"]
     for variable, value, said in (
-        ("VGF_FAST_NATIVE", "0", None),
+        ("VGF_FAST_NATIVE", "0", "VGF_FAST_NATIVE is 0"),
+        ("CC", "gcc '", 'CC is "gcc \'", expected a command'),
         ("CC", "no-such-compiler", "no C compiler: no-such-compiler"),
         ("CC", str(broken), f"{broken} failed: no such target"),
         ("VGF_FAST_CACHE", str(broken / "cache"), str(broken / "cache")),
@@ -402,8 +405,9 @@ def test_without_a_compiler_pytorch_does_the_same(fresh, monkeypatch, caplog):
             context.setenv(variable, value)
             same = [act(), act()][1]
             assert native.library() is None
-        assert len(caplog.messages) == (said is not None)
-        assert said is None or said in caplog.text
+            assert said in native.state()
+        (told,) = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+        assert said in told
         assert relative_error(same, action.double()) < 1e-4
 
 
@@ -437,3 +441,43 @@ def test_a_damaged_library_is_made_again(fresh):
     path.write_bytes(whole[:1000])
     assert native.build().read_bytes() == whole
     assert native.library() is not None
+
+
+def test_what_is_compiled_already_needs_no_compiler(monkeypatch, tmp_path):
+    path = native.build()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert native.build() == path
+    assert native.state() == f"available: {path}"
+
+
+def build_at_once(barrier, queue):
+    """The library's path, and what was said at the level that is seen without any set-up of logging."""
+    said = []
+    logger = logging.getLogger("vgf_fast")
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    barrier.wait()
+    queue.put((native.build(), said))
+
+
+def test_of_several_processes_one_compiles_and_says_so(fresh, monkeypatch):
+    log, compiler = fresh / "log", fresh / "cc"
+    compiler.write_text(
+        f'#!/bin/sh\nsleep 0.2\necho "$@" >> {log}\nwhile [ $# -gt 1 ]; do shift; [ "$1" = -o ] && echo > "$2"; done\n'
+        "exit 0\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    context = multiprocessing.get_context("fork")
+    barrier, queue = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=build_at_once, args=(barrier, queue)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = [queue.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert len({path for path, _ in found}) == 1
+    assert len(log.read_text().splitlines()) == 2  # compile, link
+    (message,) = [message for _, said in found for message in said]
+    assert str(native.cache_directory()) in message

@@ -1,6 +1,7 @@
 """The installed package: what an import needs, what it must not bring along, and what it must not shadow."""
 
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from vgf_fast import openmp
 
 ROOT = Path(__file__).parent.parent
 HEAVY = (
@@ -29,7 +32,14 @@ def run_python(code, cwd, **environment):
 
 
 def test_importing_brings_nothing_heavy(tmp_path):
-    code = f"import sys, vgf_fast; print([name for name in {HEAVY!r} if name in sys.modules])"
+    """Nor does asking for what is imported when asked for."""
+    code = f"""
+import sys, vgf_fast as vgf
+assert {{"data", "Dataset", "evaluate", "llm"}} <= set(dir(vgf))
+assert not any(f"vgf_fast.{{name}}" in sys.modules for name in ("data", "evaluation", "llm"))
+assert vgf.Dataset is vgf.data.Dataset and callable(vgf.evaluate) and vgf.llm.BestOfN
+print([name for name in {HEAVY!r} if name in sys.modules])
+"""
     result = run_python(code, tmp_path)
     assert (result.stdout, result.returncode) == ("[]\n", 0), result.stderr
 
@@ -91,12 +101,44 @@ def test_the_name_kernels_stays_free(folder, tmp_path):
     assert run_python("import vgf_fast.kernels", folder or tmp_path).returncode == 0
 
 
+class TestSpin:
+    """A short spin of waiting threads."""
+
+    @pytest.fixture
+    def unset(self, monkeypatch):
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+            monkeypatch.delenv(name, raising=False)
+        return monkeypatch
+
+    def test_the_command_line_sets_it_before_libgomp_is_loaded(self, unset, tmp_path):
+        code = "from vgf_fast.cli import main; raise SystemExit(main(['info', '--json']))"
+        result = run_python(code, tmp_path, OMP_DISPLAY_ENV="verbose")
+        assert json.loads(result.stdout)["threads"]["spin"] == f"GOMP_SPINCOUNT={openmp.SPIN_COUNT}"
+        read = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", result.stderr)
+        assert set(read) <= {openmp.SPIN_COUNT}
+        assert read or "libgomp" not in Path("/proc/self/maps").read_text()
+
+    @pytest.mark.parametrize(("name", "value"), [("GOMP_SPINCOUNT", "7"), ("OMP_WAIT_POLICY", "passive")])
+    def test_a_setting_of_the_user_stays(self, unset, name, value):
+        unset.delitem(sys.modules, "torch", raising=False)
+        unset.setenv(name, value)
+        assert openmp.shorten_spin() == f"{name}={value}"
+        assert ("GOMP_SPINCOUNT" in os.environ) == (name == "GOMP_SPINCOUNT")
+
+    def test_too_late_is_told(self, unset):
+        unset.setitem(sys.modules, "torch", sys)
+        assert "torch was imported before vgf_fast" in openmp.shorten_spin()
+        assert "GOMP_SPINCOUNT" not in os.environ
+
+
 def test_public_names():
     import vgf_fast
 
     assert vgf_fast.__version__ == importlib.metadata.version("vgf_fast")
     for name in vgf_fast.__all__:
         assert getattr(vgf_fast, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        vgf_fast.no_such_name  # noqa: B018
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):

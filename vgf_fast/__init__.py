@@ -3,6 +3,12 @@
 Importing this needs torch, NumPy and safetensors alone; Triton, simulators and the rest are imported when asked for.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from vgf_fast import openmp as openmp  # first: it acts before torch is loaded
 from vgf_fast.config import TrainConfig, TransportBudget, VGFConfig, config_from_reference
 from vgf_fast.functional import (
     behavior_flow,
@@ -17,9 +23,15 @@ from vgf_fast.policy import VGFPolicy
 from vgf_fast.presets import presets, train_presets
 from vgf_fast.reference import FlowResult
 
+if TYPE_CHECKING:
+    from vgf_fast import data, llm
+    from vgf_fast.data import Dataset
+    from vgf_fast.evaluation import evaluate
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "Dataset",
     "FlowResult",
     "Learner",
     "TrainConfig",
@@ -30,6 +42,9 @@ __all__ = [
     "behavior_flow",
     "config_from_reference",
     "critic_value_and_score",
+    "data",
+    "evaluate",
+    "llm",
     "presets",
     "select_particle",
     "svgd_direction",
@@ -37,3 +52,25 @@ __all__ = [
     "train_presets",
     "value_gradient_flow",
 ]
+
+_LAZY = {
+    "Dataset": ("vgf_fast.data", "Dataset"),
+    "data": ("vgf_fast.data", None),
+    "evaluate": ("vgf_fast.evaluation", "evaluate"),
+    "llm": ("vgf_fast.llm", None),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names that are imported when first asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    place, member = _LAZY[name]
+    module = importlib.import_module(place)
+    value = module if member is None else getattr(module, member)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vgf_fast import checkpoints, functional
+from vgf_fast import checkpoints, functional, native, openmp
 from vgf_fast.config import Precision
 from vgf_fast.demo import DemoConfig
 from vgf_fast.functional import Backend
@@ -402,7 +402,8 @@ def information() -> dict[str, Any]:
         "devices": devices,
         "backends": {"torch": "available", "triton": triton},
         "kernels": sorted(module.name for module in pkgutil.iter_modules(places)) if places else [],
-        "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
+        "compiled": native.state(),
+        "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count(), "spin": openmp.SPIN},
     }
 
 
@@ -416,7 +417,9 @@ def _info(options: Info, console: Console) -> None:
     rows += [(device["name"], device["description"]) for device in found["devices"]]
     rows += [(f"backend {name}", state) for name, state in found["backends"].items()]
     rows += [("kernels", ", ".join(found["kernels"]) or "none")]
+    rows += [("compiled C for the CPU", found["compiled"])]
     rows += [("threads", f"{found['threads']['torch']} of torch on {found['threads']['cores']} cores")]
+    rows += [("waiting threads", found["threads"]["spin"])]
     console.table("vgf_fast", ("what", "found"), rows, "left")
 
 

@@ -80,7 +80,10 @@ def cache_directory() -> Path:
 
 
 def _compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CC", ""))
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise RuntimeError(f"CC is {os.environ['CC']!r}, expected a command: {error}") from error
     commands = [named] if named else [["cc"], ["gcc"], ["clang"]]
     for command in commands:
         if shutil.which(command[0]):
@@ -98,28 +101,58 @@ def _machine() -> str:
 
 
 def build() -> Path:
-    """Compile ``flow.c``, unless that is done, and return the library's path.
+    """Compile ``flow.c``, unless that is done, and return the library's path. Of several processes one compiles.
 
-    Raises ``RuntimeError`` without a compiler or when it fails, and ``OSError`` when there is nowhere to write.
+    What is in the cache is used without a compiler. Raises ``RuntimeError`` without one or when it fails, and
+    ``OSError`` when there is nowhere to write.
     """
-    compiler = _compiler()
-    source = _SOURCE.read_bytes()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    key = _digest(source + "\n".join((*compiler, version, *_FLAGS, _machine())).encode())
+    command = os.environ.get("CC", "")
+    key = _digest(_SOURCE.read_bytes() + "\n".join((command, *_FLAGS, _machine())).encode())
     folder = cache_directory()
+    found = _cached(folder, key)
+    if found is not None:
+        return found
+    compiler = _compiler()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        found = _cached(folder, key)
+        if found is not None:
+            return found
+        # Seen without any set-up of logging, and not to be mistaken for a hang.
+        logger.warning("compiling for this machine, once, which takes some seconds: %s", folder)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            made = Path(aside) / "flow"
+            _run([*compiler, *_FLAGS, "-c", str(_SOURCE), "-o", f"{made}.o"])
+            # Linked with no OpenMP runtime: PyTorch has loaded one, and its threads serve here too.
+            _run([*compiler, "-shared", f"{made}.o", "-o", f"{made}.so", "-lm"])
+            path = folder / f"flow-{key}-{_digest(Path(f'{made}.so').read_bytes())}.so"
+            os.replace(f"{made}.so", path)
+    return path
+
+
+def _cached(folder: Path, key: str) -> Path | None:
     for path in folder.glob(f"flow-{key}-*.so"):
         # Loading a file that was cut short would end the process.
         if path.stem.rpartition("-")[2] == _digest(path.read_bytes()):
             return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        made = Path(aside) / "flow"
-        _run([*compiler, *_FLAGS, "-c", str(_SOURCE), "-o", f"{made}.o"])
-        # Linked with no OpenMP runtime: PyTorch has loaded one, and its threads serve here too.
-        _run([*compiler, "-shared", f"{made}.o", "-o", f"{made}.so", "-lm"])
-        path = folder / f"flow-{key}-{_digest(Path(f'{made}.so').read_bytes())}.so"
-        os.replace(f"{made}.so", path)
-    return path
+    return None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, which ends with its holder; without one where the system or the disk has none."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _digest(data: bytes) -> str:
@@ -133,13 +166,29 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{command[0]} failed: {lines[0]}")
 
 
+def _load() -> tuple[Path, ctypes.CDLL]:
+    """The library's path and the library. Raises ``RuntimeError`` or ``OSError`` saying why there is none."""
+    if os.environ.get("VGF_FAST_NATIVE") == "0":
+        raise RuntimeError("VGF_FAST_NATIVE is 0")
+    if sys.byteorder != "little":
+        raise RuntimeError(f"the machine is {sys.byteorder}-endian")
+    path = build()
+    return path, ctypes.CDLL(str(path))
+
+
+def state() -> str:
+    """Where the compiled library is, or why there is none."""
+    try:
+        return f"available: {_load()[0]}"
+    except (OSError, RuntimeError) as error:
+        return f"not available, PyTorch's operators do the same: {error}"
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, or None where there cannot be one, which is logged once."""
-    if os.environ.get("VGF_FAST_NATIVE") == "0" or sys.byteorder != "little":
-        return None
     try:
-        found = ctypes.CDLL(str(build()))
+        _, found = _load()
     except (OSError, RuntimeError) as error:
         logger.info("acting on the CPU uses PyTorch's operators: %s", error)
         return None
