@@ -155,8 +155,7 @@ def behavior_flow(
         )
     x = torch.empty((batch, particles, width), dtype=torch.float32, device=observations.device)
     check_rows(mlp, observations, x if noise is None else noise, "noise")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}, expected an integer >= 1")
+    steps = launch.check_integer("steps", steps, 1)
     if seed is not None:
         launch.check_shape("seed", seed, (1,), "one number")
         launch.check_dtype("seed", seed, (torch.int64,))

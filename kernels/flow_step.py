@@ -299,8 +299,7 @@ def value_gradient_flow(
     launch.check_choice("q_aggregation", q_aggregation, launch.AGGREGATIONS)
     launch.check_choice("optimizer", optimizer, launch.OPTIMIZERS)
     launch.check_positive("temperature", temperature)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps is {steps!r}, expected an integer >= 0")
+    steps = launch.check_integer("steps", steps, 0)
     batch, n, width = particles.shape
     members, device = mlp.members, particles.device
     if epilogue is not None:

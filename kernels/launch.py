@@ -10,6 +10,7 @@ import contextlib
 import functools
 from dataclasses import astuple, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -534,6 +535,13 @@ def check_positive(name: str, value: float) -> None:
     """Raise ``ValueError`` unless the value is a number > 0."""
     if not value > 0.0:
         raise ValueError(f"{name} is {value!r}, expected a number > 0")
+
+
+def check_integer(name: str, value: object, low: int) -> int:
+    """The value, NumPy's integers included, as an int; ``ValueError`` unless it is one and at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
+        raise ValueError(f"{name} is {value!r}, expected an integer >= {low}")
+    return int(value)
 
 
 def check_span(name: str, tensor: Tensor) -> None:

@@ -416,8 +416,8 @@ def test_mistakes_are_told_in_a_line(data, tmp_path, capsys, more, message):
         ("- a", "holds a list, expected the sections policy, train, run"),
         ("a: [", "is not YAML"),
         ("train: 3", "train is 3, expected fields"),
-        ("run: {tensorboard: 3}", "run.tensorboard is 3, expected a bool"),
-        ("run: {backend: cuda}", "run.backend is 'cuda', expected one of auto, triton, torch"),
+        ("run: {tensorboard: 3}", "run.tensorboard is 3, expected True or False"),
+        ("run: {backend: cuda}", "run.backend is 'cuda', expected one of 'auto', 'triton', 'torch'"),
         ("run: {eval_flow_steps: [0, -1]}", "run.eval_flow_steps is (0, -1), expected integers >= 0"),
     ],
 )

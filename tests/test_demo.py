@@ -117,7 +117,7 @@ def test_it_repeats_and_tells_what_it_does(shown, tmp_path, capsys):
 
 def test_mistakes(tmp_path, capsys, monkeypatch):
     assert main(["demo", "--out", str(tmp_path / "demo"), "--updates", "0"]) == 1
-    assert capsys.readouterr().err == "error: updates is 0, expected at least 1\n"
+    assert capsys.readouterr().err == "error: updates is 0, expected an integer >= 1\n"
     monkeypatch.setitem(sys.modules, "mujoco", None)
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 1
     assert "pip install 'vgf_fast[envs]'" in capsys.readouterr().err

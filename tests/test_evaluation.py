@@ -333,9 +333,9 @@ def test_environments_are_closed_whatever_happens():
     [
         ({"episodes": 0}, "episodes is 0, expected an integer >= 1"),
         ({"num_envs": True}, "num_envs is True, expected an integer >= 1"),
-        ({"seed": -1}, "seed is -1, expected an integer >= 0"),
+        ({"seed": -1}, "seed is -1, expected an integer from 0"),
         ({"confidence": 1.0}, r"confidence is 1.0, expected a number in \(0, 1\)"),
-        ({"flow_steps": (0, -1)}, "flow_steps has -1, expected integers >= 0"),
+        ({"flow_steps": (0, -1)}, r"flow_steps is \(0, -1\), expected integers >= 0"),
         ({"flow_steps": ()}, "flow_steps is empty"),
         ({"flow_steps": (1, 1)}, "expected different numbers"),
         ({"workers": "many"}, "workers is 'many', expected 'sync' or 'async'"),

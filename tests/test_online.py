@@ -206,7 +206,7 @@ def test_it_goes_on_from_where_it_was_saved(style, tmp_path):
     [
         ({"style": "iql"}, "style is 'iql', expected one of 'one_buffer', 'half_and_half', 'online_only'"),
         ({"warm_up": -1}, "warm_up is -1, expected an integer >= 0"),
-        ({"reward_scale": float("nan")}, "reward_scale is nan, expected a finite number"),
+        ({"reward_scale": float("nan")}, "reward_scale is nan, expected a number"),
         ({"dataset": Dataset.from_arrays(
             observations=torch.zeros(3, 4), actions=torch.zeros(3, 1), next_observations=torch.zeros(3, 4),
             rewards=torch.zeros(3), masks=torch.ones(3))}, "the dataset's observation_dim is 4, expected 2"),

@@ -1,12 +1,15 @@
-"""Configuration: frozen dataclasses, one comment a field. Imports the standard library alone."""
+"""Configuration: frozen dataclasses, one comment a field. Imports NumPy and the standard library alone."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import Any, Literal, get_args
+
+import numpy as np
 
 Activation = Literal["relu", "gelu", "swish"]
 Aggregation = Literal["mean", "min"]
@@ -18,37 +21,71 @@ Selection = Literal["max", "softmax", "random"]
 TargetReduce = Literal["mean", "max"]
 
 
-def _check_choice(owner: str, field: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{owner}.{field} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+# What seeds may be: 64 bits with a sign, so that a seed and a small number more still seed torch.
+MAX_SEED = 2**63 - 1
 
 
-def _check_integer(owner: str, field: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{owner}.{field} is {value!r}, expected an integer >= {low}")
+def integer(name: str, value: object, low: int, high: int | None = None) -> int:
+    """``value``, NumPy's integers included, as an int from ``low`` to ``high``; ``ValueError`` naming it otherwise."""
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_integer or value < low or (high is not None and value > high):  # type: ignore[operator]
+        expected = f">= {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} is {value!r}, expected an integer {expected}")
+    return int(value)  # type: ignore[call-overload]
 
 
-def _check_real(
-    owner: str, field: str, value: object, low: float, high: float = math.inf, *, low_open: bool = False
-) -> None:
-    interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or not low <= value <= high or (low_open and value == low):  # type: ignore[arg-type, operator]
-        raise ValueError(f"{owner}.{field} is {value!r}, expected a number in {interval}")
+def integers(name: str, values: object, low: int, *, least: int = 0) -> tuple[int, ...]:
+    """At least ``least`` integers of a list, a tuple, a range or an array, or ``ValueError`` naming them."""
+    shown = values
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping, Set)):
+        values = shown = tuple(values)
+        with contextlib.suppress(ValueError):
+            values = tuple(integer(name, value, low) for value in values)
+            if len(values) >= least:
+                return values
+    raise ValueError(f"{name} is {shown!r}, expected {f'at least {least} ' if least else ''}integers >= {low}")
 
 
-def _check_boolean(owner: str, field: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{owner}.{field} is {value!r}, expected True or False")
+def real(name: str, value: object, low: float, high: float = math.inf, *, low_open: bool = False) -> float:
+    """``value``, NumPy's numbers included, in an interval, or ``ValueError`` naming it; an int stays one."""
+    number = math.nan
+    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            number = float(value)
+    if not math.isfinite(number) or not low <= number <= high or (low_open and number == low):
+        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}"
+        raise ValueError(f"{name} is {value!r}, expected a number in {interval}")
+    return value if type(value) is int else number
 
 
-def _check_widths(owner: str, field: str, value: object) -> None:
-    if not isinstance(value, tuple) or not value or any(type(w) is not int or w < 1 for w in value):
-        raise ValueError(f"{owner}.{field} is {value!r}, expected a tuple of at least one positive integer")
+def boolean(name: str, value: object) -> bool:
+    """``value``, NumPy's booleans included, as a bool, or ``ValueError`` naming it."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} is {value!r}, expected True or False")
+    return bool(value)
+
+
+def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """``value``, or ``ValueError`` naming it when it is none of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def settle(config: Any, check: Callable[..., Any], fields: Iterable[str], *arguments: Any, **options: Any) -> None:
+    """Replace fields of a frozen configuration by what a check makes of them."""
+    for field in fields:
+        name = f"{type(config).__name__}.{field}"
+        object.__setattr__(config, field, check(name, getattr(config, field), *arguments, **options))
 
 
 def check_known_keys(owner: str, given: Mapping[str, Any], known: list[str]) -> None:
-    """Raise ``ValueError`` naming every key of ``given`` that is not in ``known``, each with the closest known one."""
+    """Raise ``ValueError`` naming every key of ``given`` that is not in ``known``, each with the closest known one.
+
+    Likewise for what is no mapping, such as the null of a JSON file.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{owner} is {given!r}, expected its fields by name")
     unknown = [key for key in given if key not in known]
     if unknown:
         hints = []
@@ -70,9 +107,9 @@ class TransportBudget:
     temperature: float = 0.1  # alpha, weight of the entropy: the flow's target is exp(Q / alpha)
 
     def __post_init__(self) -> None:
-        _check_integer("TransportBudget", "steps", self.steps, 0)
-        _check_real("TransportBudget", "step_size", self.step_size, 0.0)
-        _check_real("TransportBudget", "temperature", self.temperature, 0.0, low_open=True)
+        settle(self, integer, ["steps"], 0)
+        settle(self, real, ["step_size"], 0.0)
+        settle(self, real, ["temperature"], 0.0, low_open=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,28 +144,16 @@ class VGFConfig:
     selection_temperature: float = 1.0  # of the softmax over Q when selection is "softmax"
 
     def __post_init__(self) -> None:
-        for field in ("hidden_dims", "behavior_hidden_dims"):
-            if isinstance(getattr(self, field), list):
-                object.__setattr__(self, field, tuple(getattr(self, field)))
-            _check_widths("VGFConfig", field, getattr(self, field))
-        for field in ("observation_dim", "action_dim", "members", "behavior_steps", "particles"):
-            _check_integer("VGFConfig", field, getattr(self, field), 1)
-        for field in (
-            "layer_norm",
-            "behavior_layer_norm",
-            "gaussian_tanh",
-            "repulsion",
-            "bandwidth_gradient",
-            "amortized",
-        ):
-            _check_boolean("VGFConfig", field, getattr(self, field))
-        _check_choice("VGFConfig", "activation", self.activation, ("relu", "gelu", "swish"))
-        _check_choice("VGFConfig", "behavior", self.behavior, ("flow", "gaussian"))
-        _check_choice("VGFConfig", "flow_q_aggregation", self.flow_q_aggregation, ("mean", "min"))
-        _check_choice("VGFConfig", "target_q_aggregation", self.target_q_aggregation, ("mean", "min"))
-        _check_choice("VGFConfig", "particle_optimizer", self.particle_optimizer, ("adam", "ascent"))
-        _check_choice("VGFConfig", "selection", self.selection, ("max", "softmax", "random"))
-        _check_real("VGFConfig", "selection_temperature", self.selection_temperature, 0.0, low_open=True)
+        settle(self, integers, ["hidden_dims", "behavior_hidden_dims"], 1, least=1)
+        settle(self, integer, ["observation_dim", "action_dim", "members", "behavior_steps", "particles"], 1)
+        flags = ["layer_norm", "behavior_layer_norm", "gaussian_tanh", "repulsion", "bandwidth_gradient", "amortized"]
+        settle(self, boolean, flags)
+        settle(self, choice, ["activation"], get_args(Activation))
+        settle(self, choice, ["behavior"], get_args(Behavior))
+        settle(self, choice, ["flow_q_aggregation", "target_q_aggregation"], get_args(Aggregation))
+        settle(self, choice, ["particle_optimizer"], get_args(ParticleOptimizer))
+        settle(self, choice, ["selection"], get_args(Selection))
+        settle(self, real, ["selection_temperature"], 0.0, low_open=True)
         if self.amortized and self.particle_optimizer != "adam":
             raise ValueError(
                 f"VGFConfig.particle_optimizer is {self.particle_optimizer!r}, expected 'adam': amortized is True"
@@ -175,21 +200,17 @@ class TrainConfig:
     seed: int = 0  # of every random number of training
 
     def __post_init__(self) -> None:
-        _check_integer("TrainConfig", "batch_size", self.batch_size, 1)
-        _check_integer("TrainConfig", "seed", self.seed, 0)
-        _check_real("TrainConfig", "critic_learning_rate", self.critic_learning_rate, 0.0)
-        _check_real("TrainConfig", "behavior_learning_rate", self.behavior_learning_rate, 0.0)
-        _check_real("TrainConfig", "discount", self.discount, 0.0, 1.0)
-        _check_real("TrainConfig", "tau", self.tau, 0.0, 1.0)
-        _check_real("TrainConfig", "expectile", self.expectile, 0.0, low_open=True)
-        _check_boolean("TrainConfig", "normalize_score", self.normalize_score)
+        settle(self, integer, ["batch_size"], 1)
+        settle(self, integer, ["seed"], 0, MAX_SEED)
+        settle(self, real, ["critic_learning_rate", "behavior_learning_rate"], 0.0)
+        settle(self, real, ["discount", "tau"], 0.0, 1.0)
+        settle(self, choice, ["critic_loss"], get_args(CriticLoss))
+        settle(self, choice, ["target_reduce"], get_args(TargetReduce))
+        settle(self, choice, ["precision"], get_args(Precision))
+        settle(self, real, ["expectile"], 0.0, 1.0 if self.critic_loss == "expectile" else math.inf, low_open=True)
+        settle(self, boolean, ["normalize_score"])
         if self.max_gradient_norm is not None:
-            _check_real("TrainConfig", "max_gradient_norm", self.max_gradient_norm, 0.0, low_open=True)
-        if self.critic_loss == "expectile":
-            _check_real("TrainConfig", "expectile", self.expectile, 0.0, 1.0, low_open=True)
-        _check_choice("TrainConfig", "critic_loss", self.critic_loss, ("td", "expectile", "sql"))
-        _check_choice("TrainConfig", "target_reduce", self.target_reduce, ("mean", "max"))
-        _check_choice("TrainConfig", "precision", self.precision, ("float32", "bfloat16"))
+            settle(self, real, ["max_gradient_norm"], 0.0, low_open=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of JSON types; ``TrainConfig.from_dict`` reads it back."""
@@ -253,7 +274,7 @@ def config_from_reference(config: Mapping[str, Any]) -> tuple[VGFConfig, TrainCo
                 f"the release's configuration has no {key!r}; add it, e.g. {key}={[29] if key == 'ob_dims' else 8}"
             )
     ref = {**_REFERENCE_DEFAULTS, **config}
-    _check_choice("the release's configuration", "agent_name", ref["agent_name"], ("vgf", "avgf"))
+    choice("the release's agent_name", ref["agent_name"], ("vgf", "avgf"))
     amortized = ref["agent_name"] == "avgf"
     if ref["encoder"] is not None:
         raise ValueError(
@@ -266,8 +287,8 @@ def config_from_reference(config: Mapping[str, Any]) -> tuple[VGFConfig, TrainCo
         raise ValueError(
             f"the release's configuration has ob_dims={ref['ob_dims']!r}, expected one number: state vectors"
         )
-    _check_choice("the release's configuration", "critic_loss", ref["critic_loss"], tuple(_REFERENCE_CRITIC_LOSS))
-    _check_choice("the release's configuration", "bc_policy_type", ref["bc_policy_type"], tuple(_REFERENCE_BEHAVIOR))
+    choice("the release's critic_loss", ref["critic_loss"], tuple(_REFERENCE_CRITIC_LOSS))
+    choice("the release's bc_policy_type", ref["bc_policy_type"], tuple(_REFERENCE_BEHAVIOR))
     # The release takes "softmax" and "max" by name and chooses at random for every other word.
     selection: Selection = (
         ref["eval_particle_select"] if ref["eval_particle_select"] in ("max", "softmax") else "random"

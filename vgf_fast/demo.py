@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from vgf_fast import checkpoints
-from vgf_fast.config import TrainConfig, TransportBudget, VGFConfig
+from vgf_fast.config import MAX_SEED, TrainConfig, TransportBudget, VGFConfig, integer, integers
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.evaluation import EvaluationResult, bootstrap_interval, evaluate
 from vgf_fast.functional import Backend
@@ -57,10 +57,11 @@ class DemoConfig:
 
     def checked(self) -> DemoConfig:
         """This, or ``ValueError`` for a field outside its range."""
+        found: dict[str, Any] = {"seed": integer("seed", self.seed, 0, MAX_SEED)}
         for field in ("episodes", "updates", "eval_episodes", "curve_episodes"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}, expected at least 1")
-        return self
+            found[field] = integer(field, getattr(self, field), 1)
+        found["flow_steps"] = integers("flow_steps", self.flow_steps, 0, least=1)
+        return dataclasses.replace(self, **found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,7 @@ def run(
     """
     from vgf_fast import plots
 
-    config.checked()
+    config = config.checked()
     say(f"collecting {config.episodes} episodes of {ENVIRONMENT}")
     dataset, returns = collect(config.episodes, config.seed)
     low, high = bootstrap_interval(returns, CONFIDENCE, config.seed)

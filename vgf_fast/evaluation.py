@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vgf_fast.config import MAX_SEED, integer, integers, real
 from vgf_fast.policy import VGFPolicy
 from vgf_fast.progress import progress_bar
 from vgf_fast.simulators import EpisodeSeed, EvaluationError, Simulators, Spaces, Workers, make_simulators
@@ -98,16 +99,12 @@ def evaluate(
     Raises ``ValueError`` or ``TypeError`` for arguments and spaces that do not fit, ``EvaluationError`` when an
     environment fails.
     """
-    for name, value, low in (("episodes", episodes, 1), ("num_envs", num_envs, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name} is {value!r}, expected an integer >= {low}")
-    if not 0.0 < confidence < 1.0:
+    episodes, num_envs = integer("episodes", episodes, 1), integer("num_envs", num_envs, 1)
+    seed = integer("seed", seed, 0, 2 * MAX_SEED)
+    if not 0.0 < real("confidence", confidence, 0.0, 1.0) < 1.0:
         raise ValueError(f"confidence is {confidence!r}, expected a number in (0, 1)")
     settings = [_Setting("bc", 0, "random")] if behavior_cloning else []
-    for steps in flow_steps:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"flow_steps has {steps!r}, expected integers >= 0")
-        settings.append(_Setting(f"L={steps}", steps, None))
+    settings += [_Setting(f"L={steps}", steps, None) for steps in integers("flow_steps", flow_steps, 0)]
     if not settings:
         raise ValueError("flow_steps is empty, expected at least one number of flow steps, or behavior_cloning=True")
     if len(set(settings)) < len(settings):

@@ -17,7 +17,7 @@ from torch import Tensor
 from vgf_fast import backends, reference
 from vgf_fast import flow_gradient as operators
 from vgf_fast.backends import Backend, resolve_backend, triton_installed, triton_interpreted
-from vgf_fast.config import TransportBudget
+from vgf_fast.config import TransportBudget, integer
 from vgf_fast.networks import EnsembleMLP, VelocityField
 from vgf_fast.reference import FlowResult, MLPWeights
 
@@ -213,8 +213,7 @@ def behavior_flow(
         weights, observation_dim, action_dim = velocity, None, velocity.weights[-1].shape[2]
     else:
         raise TypeError(f"velocity is a {type(velocity).__name__}, expected a VelocityField or MLPWeights")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}, expected an integer >= 1")
+    steps = integer("steps", steps, 1)
     device = weights.weights[0].device
     states = _check_states(observations, "the velocity field", device, observation_dim)
     x = _check_particles("noise", noise, states, "the velocity field", device, action_dim)

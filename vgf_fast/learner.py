@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vgf_fast import checkpoints, functional, fused, reference
-from vgf_fast.config import TrainConfig, VGFConfig
+from vgf_fast.config import TrainConfig, VGFConfig, integer, integers
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache, addresses
 from vgf_fast.kernels import ranges
@@ -386,8 +386,12 @@ class Learner:
         at the end, and when interrupted by Ctrl-C, which takes effect between two updates, so that ``Learner.resume``
         goes on exactly. Intervals are counted in ``learner.step``: a resumed run logs, evaluates and saves at the same.
         """
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"steps is {steps!r}, expected an integer >= 0")
+        steps, log_interval = integer("steps", steps, 0), integer("log_interval", log_interval, 1)
+        eval_interval = integer("eval_interval", eval_interval, 1)
+        checkpoint_interval = integer("checkpoint_interval", checkpoint_interval, 1)
+        eval_flow_steps = integers("eval_flow_steps", eval_flow_steps, 0)
+        eval_episodes = integer("eval_episodes", eval_episodes, 1)
+        eval_num_envs = integer("eval_num_envs", eval_num_envs, 1)
         if not hasattr(dataset, "sample"):
             kind = type(dataset).__name__
             raise TypeError(f"dataset is a {kind}, expected a Dataset: vgf_fast.data.Dataset.from_arrays makes one")

@@ -6,6 +6,7 @@ buffer", the release's "iql"), batches of both, half and half ("rlpd"), or the n
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vgf_fast import checkpoints
+from vgf_fast.config import MAX_SEED, integer, integers, real
 from vgf_fast.data.replay import ReplayBuffer
 from vgf_fast.evaluation import Score, check_environment, evaluate
 from vgf_fast.progress import progress_bar
@@ -69,13 +71,12 @@ class OnlineTraining:
         """
         if style not in get_args(Style):
             raise ValueError(f"style is {style!r}, expected one of {', '.join(map(repr, get_args(Style)))}")
-        counts = {"warm_up": (warm_up, 0), "updates_per_step": (updates_per_step, 1), "buffer_size": (buffer_size, 1)}
-        for name, (value, low) in {**counts, "seed": (seed, 0)}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} is {value!r}, expected an integer >= {low}")
-        for name, number in (("reward_scale", reward_scale), ("reward_shift", reward_shift)):
-            if not np.isfinite(number):
-                raise ValueError(f"{name} is {number!r}, expected a finite number")
+        warm_up = integer("warm_up", warm_up, 0)
+        updates_per_step = integer("updates_per_step", updates_per_step, 1)
+        buffer_size = integer("buffer_size", buffer_size, 1)
+        seed = integer("seed", seed, 0, MAX_SEED)
+        reward_scale = real("reward_scale", reward_scale, -math.inf)
+        reward_shift = real("reward_shift", reward_shift, -math.inf)
         config = learner.policy.config
         if dataset is None and style != "online_only":
             raise ValueError(f"dataset is None, expected the offline transitions: style is {style!r}")
@@ -173,12 +174,12 @@ class OnlineTraining:
         Returns the records; ``on_log`` gets each as it is made. Raises ``ValueError`` for arguments out of range, and
         ``ArithmeticError`` when a loss is no longer a number.
         """
-        for name, value, low in (
-            ("steps", steps, 1), ("log_interval", log_interval, 1), ("eval_interval", eval_interval, 0),
-            ("checkpoint_interval", checkpoint_interval, 0),
-        ):  # fmt: skip
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} is {value!r}, expected an integer >= {low}")
+        steps, log_interval = integer("steps", steps, 1), integer("log_interval", log_interval, 1)
+        eval_interval = integer("eval_interval", eval_interval, 0)
+        checkpoint_interval = integer("checkpoint_interval", checkpoint_interval, 0)
+        eval_flow_steps = integers("eval_flow_steps", eval_flow_steps, 0)
+        eval_episodes = integer("eval_episodes", eval_episodes, 1)
+        eval_num_envs = integer("eval_num_envs", eval_num_envs, 1)
         if eval_interval and make_eval_env is None:
             raise ValueError(f"make_eval_env is None, expected a function: eval_interval is {eval_interval}")
         records: list[Record] = []

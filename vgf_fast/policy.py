@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from vgf_fast import checkpoints, functional, fused, graphs, reference
-from vgf_fast.config import TransportBudget, VGFConfig, config_from_reference
+from vgf_fast.config import MAX_SEED, TransportBudget, VGFConfig, config_from_reference, integer
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache
 from vgf_fast.kernels import ranges
@@ -51,11 +51,11 @@ class VGFPolicy(nn.Module):
             raise TypeError(f"config is a {type(config).__name__}, expected a VGFConfig")
         self.config = config
         self.backend: Backend = backend
-        self.seed = seed
+        self.seed = integer("seed", seed, -MAX_SEED, MAX_SEED)
         self.cuda_graph = cuda_graph
         self.one_launch = one_launch
         self._graphs = GraphCache("acting")
-        init = torch.Generator().manual_seed(seed)
+        init = torch.Generator().manual_seed(self.seed)
         sizes = (config.observation_dim, config.action_dim)
         self.critic = EnsembleMLP(
             *sizes, config.hidden_dims, config.members, config.layer_norm, config.activation, generator=init
@@ -320,9 +320,7 @@ class VGFPolicy(nn.Module):
         budget = self.config.test_budget
         if flow_steps is None:
             return budget
-        if isinstance(flow_steps, bool) or not isinstance(flow_steps, int) or flow_steps < 0:
-            raise ValueError(f"flow_steps is {flow_steps!r}, expected an integer >= 0, or None for config.test_budget")
-        return TransportBudget(flow_steps, budget.step_size, budget.temperature)
+        return TransportBudget(integer("flow_steps", flow_steps, 0), budget.step_size, budget.temperature)
 
     # --- making, saving, loading ------------------------------------------------------------------------------------
 

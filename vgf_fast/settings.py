@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from vgf_fast.config import Precision, TrainConfig, TransportBudget, VGFConfig, check_known_keys
+from vgf_fast.config import (
+    Precision,
+    TrainConfig,
+    TransportBudget,
+    VGFConfig,
+    boolean,
+    check_known_keys,
+    choice,
+    integer,
+    integers,
+)
 from vgf_fast.functional import Backend
 from vgf_fast.presets import SECTIONS, merged, preset
 from vgf_fast.simulators import Workers
@@ -39,34 +50,30 @@ class RunConfig:
     tensorboard: bool = True  # TensorBoard events, where it is installed
 
     def checked(self) -> RunConfig:
-        """This, or ``ValueError`` for a field outside its range; from a constructor, tyro would call it wrong usage."""
+        """This, in Python's own types, or ``ValueError`` for a field outside its range.
+
+        From a constructor, tyro would call it wrong usage.
+        """
+        found: dict[str, Any] = {}
         lows = {"eval_interval": 0, "steps": 1, "log_interval": 1, "eval_episodes": 1, "eval_num_envs": 1}
         for name, low in {**lows, "checkpoint_interval": 1}.items():
+            found[name] = integer(f"run.{name}", getattr(self, name), low)
+        found["eval_flow_steps"] = integers("run.eval_flow_steps", self.eval_flow_steps, 0)
+        for name in ("eval_behavior_cloning", "tensorboard"):
+            found[name] = boolean(f"run.{name}", getattr(self, name))
+        choices = {"eval_workers": Workers, "backend": Backend, "data_precision": Precision}
+        for name, names in choices.items():
+            choice(f"run.{name}", getattr(self, name), get_args(names))
+        for name in ("task", "dataset_dir", "data_url", "env", "device"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"run.{name} is {value!r}, expected an integer >= {low}")
-        for name, kind in (("eval_behavior_cloning", bool), ("tensorboard", bool), ("task", str)):
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"run.{name} is {getattr(self, name)!r}, expected a {kind.__name__}")
-        for name, choices in (
-            ("eval_workers", get_args(Workers)),
-            ("backend", get_args(Backend)),
-            ("data_precision", get_args(Precision)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"run.{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
-        steps = self.eval_flow_steps
-        if not isinstance(steps, tuple) or any(type(one) is not int or one < 0 for one in steps):
-            raise ValueError(f"run.eval_flow_steps is {steps!r}, expected integers >= 0")
-        return self
+            if not isinstance(value, str) and (value is not None or name == "task"):
+                raise ValueError(f"run.{name} is {value!r}, expected a text")
+        return dataclasses.replace(self, **found)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
         """Of known keys, as ``layered`` gives them. Raises ``ValueError`` for a field outside its range."""
-        plain: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
-        return cls(**plain).checked()
+        return cls(**values).checked()
 
 
 def layered(preset_name: str | None, file: Path | None, assignments: Sequence[str], base: Sections) -> Sections:
@@ -86,15 +93,13 @@ def layered(preset_name: str | None, file: Path | None, assignments: Sequence[st
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Sections of a YAML file. Raises ``FileNotFoundError``, and ``ValueError`` for bad YAML or unknown keys."""
-    import yaml
+    """Sections of a YAML file.
 
+    Raises ``FileNotFoundError``, and ``ValueError`` for bad YAML, a key that stands twice, or unknown keys.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file at {path}")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    values = _parse_yaml(path.read_bytes(), str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -116,29 +121,45 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _parse_yaml(text: str | bytes, source: str) -> Any:
+    """The value of a YAML text. Raises ``ValueError`` for what is none, and for a key that stands twice."""
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=_loader())
+    except RecursionError:
+        raise ValueError(f"{source} is nested too deeply to be settings") from None
+    except Exception as error:  # the loader's constructors raise nearly anything
+        raise ValueError(f"{source} is not YAML: {error}") from error
+
+
+@functools.cache
 def _loader() -> Any:
-    """PyYAML's safe loader, that takes 3e-4 for a number as YAML 1.2 does."""
+    """PyYAML's safe loader, that takes 3e-4 for a number as YAML 1.2 does, (64, 64) for a list, and no key twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for index, key in enumerate(keys):
+                if key in keys[:index]:
+                    raise ValueError(f"{key!r} stands twice, again in line {node.value[index][0].start_mark.line + 1}")
+            return super().construct_mapping(node, deep)
 
-    number = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+    Loader.add_implicit_resolver("!tuple", re.compile(r"^\([-+.\deE\s,]*\)$"), ["("])
+    Loader.add_constructor("!tuple", lambda loader, node: yaml.load(f"[{node.value[1:-1]}]", Loader))
     return Loader
 
 
 def _parse_assignment(text: str) -> dict[str, Any]:
-    import yaml
-
     name, equals, value = text.partition("=")
     keys = name.strip().split(".")
     if not equals or len(keys) < 2:
         raise ValueError(f"--set has {text!r}, expected section.field=value, such as policy.particles=5")
-    try:
-        values: Any = yaml.load(value, Loader=_loader())
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {name} has the value {value!r}, which is not YAML: {error}") from error
+    values = _parse_yaml(value, f"--set {name}={value}")
     for key in reversed(keys):
         values = {key: values}
     _check_sections("--set", values)

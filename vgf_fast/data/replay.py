@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vgf_fast.config import integer
 from vgf_fast.data.dataset import ACTION_CLIP, Dataset
 
 
@@ -26,9 +27,9 @@ class ReplayBuffer:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """An empty buffer. Raises ``ValueError`` for sizes below 1."""
-        for name, value in (("capacity", capacity), ("observation_dim", observation_dim), ("action_dim", action_dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected an integer >= 1")
+        capacity = integer("capacity", capacity, 1)
+        observation_dim = integer("observation_dim", observation_dim, 1)
+        action_dim = integer("action_dim", action_dim, 1)
         width = 2 * observation_dim + action_dim + 2
         self._storage = torch.zeros((capacity, width), dtype=dtype, device=device)
         ends = torch.zeros(capacity, dtype=torch.bool, device=self._storage.device)

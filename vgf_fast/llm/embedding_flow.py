@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vgf_fast.config import TransportBudget
+from vgf_fast.config import MAX_SEED, TransportBudget, integer, real, settle
 from vgf_fast.llm.decoding import BeamDecoder, Decoding
 from vgf_fast.llm.nearest import nearest_token
 from vgf_fast.llm.reference_model import ReferenceModel
@@ -35,10 +35,10 @@ class TokenBudget(TransportBudget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.trust_radius is not None and not self.trust_radius > 0:
-            raise ValueError(f"TokenBudget.trust_radius is {self.trust_radius!r}, expected a positive number or None")
-        if self.reward_units is not None and self.reward_units < 1:
-            raise ValueError(f"TokenBudget.reward_units is {self.reward_units!r}, expected a positive integer or None")
+        if self.trust_radius is not None:
+            settle(self, real, ["trust_radius"], 0.0, low_open=True)
+        if self.reward_units is not None:
+            settle(self, integer, ["reward_units"], 1)
 
 
 @dataclasses.dataclass
@@ -124,6 +124,7 @@ class Aligner:
         """
         began = time.perf_counter()
         budget = budget or TokenBudget()
+        num_particles = integer("num_particles", num_particles, 1)
         usage = Usage()
         if isinstance(prompts, str) or isinstance(responses, str):
             raise ValueError("prompts and responses are sequences: of texts, and of a sequence of texts a prompt")
@@ -131,7 +132,7 @@ class Aligner:
             raise ValueError("both generator and seed are given, expected one of them")
         if seed is not None:
             device = self.reference.device if self.reference is not None else self.reward.device
-            generator = torch.Generator(device).manual_seed(seed)
+            generator = torch.Generator(device).manual_seed(integer("seed", seed, -MAX_SEED, 2 * MAX_SEED))
         contexts = self._contexts(prompts)
         first = self._first(contexts, responses, self._samples(budget, num_particles), generator, usage)
         run = Run(self, list(prompts), contexts, first, max_perplexity, usage)

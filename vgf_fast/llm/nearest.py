@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vgf_fast.backends import Backend, resolve_backend
+from vgf_fast.config import integer
 
 METRICS = ("l2", "cosine", "dot")
 MAX_KERNEL_NEAREST = 32
@@ -102,8 +103,7 @@ def _check(
         raise ValueError(f"queries has shape {tuple(queries.shape)}, expected (*, {width}): as wide as the table")
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}, expected {' or '.join(map(repr, METRICS))}")
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= vocabulary:
-        raise ValueError(f"k is {k!r}, expected an integer from 1 to {vocabulary}, the rows of the table")
+    integer("k", k, 1, vocabulary)  # the rows of the table
     for name, optional in (("mask", mask), ("log_prior", log_prior), ("table_squares", table_squares)):
         if optional is None:
             continue
