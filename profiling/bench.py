@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from profiling import machine, records
@@ -31,8 +31,8 @@ COMPILE_METHODS = {"float32": "compile-float32", "bfloat16": "compile-bfloat16"}
 BACKEND_METHODS = ("torch-float32", "torch-bfloat16")
 METHODS = ("ours-float32", "ours-bfloat16", *BACKEND_METHODS, EAGER_METHOD, *COMPILE_METHODS.values(), JAX_METHOD)
 DEFAULT_ROUNDS = {"update": 20, "act": 200, "memory": 3}
-# Measured in this process, after the others, by the module of that name: it imports torch.
-IN_PROCESS = ("ops", "scaling", "llm")
+# Measured after the others by the module of that name, most of which import torch into this process.
+IN_PROCESS = ("busy", "ops", "scaling", "llm")
 QUICK_ROUNDS = 2
 OWN_FACTS = ("dtype", "device", "threads", "matmul_precision")
 # The second call may still compile or allocate what the first did not.
@@ -91,15 +91,18 @@ class Worker:
 
 
 @contextlib.contextmanager
-def running(job: Job, python: str) -> Iterator[Worker]:
-    """Start a method's process in an interpreter, and end it on leaving. Raises ``OSError`` without the interpreter."""
+def running(job: Job, python: str, settings: Mapping[str, str] | None = None) -> Iterator[Worker]:
+    """Start a method's process in an interpreter, and end it on leaving. Raises ``OSError`` without the interpreter.
+
+    ``settings`` are environment variables for it alone.
+    """
     module = "profiling.jax_release" if job.method == JAX_METHOD else "profiling.torch_methods"
     threads = str(job.threads)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
             [python, "-m", module, job.to_json()],
             cwd=machine.REPOSITORY,
-            env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+            env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} | dict(settings or {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -267,6 +270,20 @@ def take_turns(
     return times
 
 
+def shared_facts(plan: Plan, workers: Sequence[Worker]) -> dict[str, Any]:
+    """What the records of all methods of a run have in common: machine, versions, checkout, sizes."""
+    versions = {name: value for worker in workers for name, value in worker.facts.items()}
+    return {
+        "driver": machine.gpu_driver() if plan.device == "cuda" else None,
+        "clocks": machine.gpu_clocks() if plan.device == "cuda" else None,
+        "python": platform.python_version(),
+        "commit": machine.git_commit(),
+        "dirty": machine.git_dirty(),
+        "sizes": dataclasses.asdict(plan.sizes),
+        **{name: versions.get(name) for name in ("torch", "triton", "jax")},
+    }
+
+
 def measure(plan: Plan, kind: str, benchmark: str) -> list[Record]:
     """Records of one benchmark; ``kind`` is "memory", or the benchmark itself when it is for its time."""
     load = machine.load_average()
@@ -286,28 +303,18 @@ def measure(plan: Plan, kind: str, benchmark: str) -> list[Record]:
             untimed=untimed,
             seconds=plan.seconds or float("inf"),
         )
-        versions = {name: value for worker in workers for name, value in worker.facts.items()}
-        shared: dict[str, Any] = {
+        shared = shared_facts(plan, workers) | {
             "date": date,
             "benchmark": f"memory {benchmark}" if memory_only else benchmark,
-            "driver": machine.gpu_driver() if plan.device == "cuda" else None,
-            "clocks": machine.gpu_clocks() if plan.device == "cuda" else None,
             "timer": None if memory_only else "perf_counter",
             "load_average": load,
-            "python": platform.python_version(),
-            "commit": machine.git_commit(),
-            "dirty": machine.git_dirty(),
-            "sizes": dataclasses.asdict(plan.sizes),
-            **{name: versions.get(name) for name in ("torch", "triton", "jax")},
         }
         found = []
         for worker in workers:
             seconds = times[worker.method]
             timed = [] if memory_only else seconds
             p20, p50, p80 = records.quantiles(timed)
-            own: dict[str, Any] = {
-                name: worker.facts[name] for name in ("dtype", "device", "threads", "matmul_precision")
-            }
+            own: dict[str, Any] = {name: worker.facts[name] for name in OWN_FACTS}
             found.append(
                 Record(
                     **shared,

@@ -16,7 +16,7 @@ class Record:
     """One method in one benchmark. Times in seconds, memory in bytes; None is what was not measured or not there."""
 
     date: str  # UTC, ISO 8601
-    benchmark: str  # "update" | "act" | "memory update" | "memory act" | "op NAME" | "scaling FACTOR"
+    benchmark: str  # "update" | "act" | "memory update" | "memory act" | "op NAME" | "scaling FACTOR" | "busy WORK"
     method: str
     dtype: str  # of the matrix products
     device: str  # model of the CPU or GPU
@@ -52,6 +52,10 @@ class Record:
     flushed_bytes: int | None = None  # written between calls
     timer: str | None = None  # "perf_counter" | "events" | "graph replay"
     clocks: dict[str, int] | None = None  # the GPU's after the last round, MHz
+    # Of a busy machine:
+    busy_loops: int | None = None  # processes that did nothing but run, beside the methods
+    total: float | None = None  # of all timed calls
+    ratio_to_one_thread: float | None = None  # of the totals, in the same rounds
 
     @property
     def flop_rate(self) -> float | None:

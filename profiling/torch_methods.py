@@ -50,7 +50,7 @@ class TorchMethod(Method):
     dtype = "float32"
 
     def __init__(self, job: Job) -> None:
-        machine.limit_cores(job.threads)
+        machine.limit_cores(job.cores or job.threads)
         torch.set_num_threads(job.threads)
         self.device = torch.device(job.device)
         if self.device.type == "cuda":

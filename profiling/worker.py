@@ -51,6 +51,7 @@ class Job:
     seed: int
     sizes: Sizes
     release: str | None = None  # folder of the public release, for the method that runs it
+    cores: int | None = None  # that the process keeps to; None: as many as threads
 
     def to_json(self) -> str:
         """One line; ``Job.from_json`` reads it back."""

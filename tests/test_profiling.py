@@ -211,6 +211,41 @@ def test_bench_writes_records(tmp_path):
     assert set(json.loads(out.read_text().splitlines()[0])) == {f.name for f in dataclasses.fields(records.Record)}
 
 
+def test_bench_beside_busy_loops(tmp_path, monkeypatch, capfd):
+    from profiling import busy, machine
+    from vgf_fast import openmp
+
+    out = tmp_path / "records.jsonl"
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    names = (busy.ONE_THREAD, f"GOMP_SPINCOUNT={openmp.SPIN_COUNT}")
+    monkeypatch.setattr(busy, "SETTINGS", {name: busy.SETTINGS[name] for name in names})
+    flags = ["--device", "cpu", "--threads", 1, "--quick", "--out", out, *tiny_flags()]
+    assert bench.main(["busy", *map(str, flags)]) == 0
+    printed = capfd.readouterr().out
+    found = records.read(out)
+    loops = (0, busy.LOOPS_A_CORE * machine.usable_cores())
+    expected = [(n, f"busy {work}", name) for n in loops for work in ("update", "act") for name in busy.SETTINGS]
+    assert [(r.busy_loops, r.benchmark, r.method) for r in found] == expected
+    for record in found:
+        assert (record.rounds, record.threads, record.sizes) == (2, 1, TINY)
+        assert 0.0 < record.p20 <= record.p50 <= record.p80 <= record.total
+        assert record.ratio_to_one_thread > 0.0
+        assert record.method in printed
+    assert all(r.ratio_to_one_thread == 1.0 for r in found if r.method == busy.ONE_THREAD)
+
+
+def test_busy_loops_run_until_the_block_ends(monkeypatch):
+    from profiling import busy
+
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(busy.subprocess, "Popen", lambda command: started.append(popen(command)) or started[-1])
+    with busy.loops(2):
+        assert [process.poll() for process in started] == [None, None]
+    assert all(process.poll() is not None for process in started)
+
+
 def test_bench_measures_every_peer_unless_told_otherwise():
     assert bench.parse(["update", "--device", "cuda"]).methods == bench.METHODS
     on_a_cpu = bench.parse(["update", "--device", "cpu"]).methods
