@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import os
 import platform
 
 import networks
@@ -165,12 +166,11 @@ def test_many_rows_in_bfloat16(widths, layer_norm, activation):
 
 @pytest.mark.parametrize("batch", [2, 40])
 def test_threads_change_no_bit(batch, monkeypatch):
-    monkeypatch.setattr(native, "PRODUCTS_A_THREAD", 1)
     module = networks.critic(OBSERVATION_DIM, 3, (144, 80, 48), members=3)
     states, actions = networks.states_and_actions(batch, 11, OBSERVATION_DIM, 3)
     found = []
     for threads in (1, 2, 5):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(native, "threads_for", lambda products, threads=threads: threads)
         at_states = native.NativeCriticAtStates(module.stacked(), states, 11)
         assert at_states.threads == threads
         found.append(at_states.values_and_score(actions, "min"))
@@ -329,11 +329,10 @@ def test_particles_that_are_not_numbers_show():
 
 
 def test_threads_move_particles_alike(monkeypatch):
-    monkeypatch.setattr(native, "PRODUCTS_A_THREAD", 1)
     x, score = draw(40, 9, 3, 0)
     found = []
     for threads in (1, 2, 5):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(native, "threads_for", lambda products, threads=threads: threads)
         found.append(moved(x, score, (True, True), steps=3).x)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -441,6 +440,32 @@ def test_a_damaged_library_is_made_again(fresh):
     path.write_bytes(whole[:1000])
     assert native.build().read_bytes() == whole
     assert native.library() is not None
+
+
+def test_few_products_and_busy_cores_take_fewer_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(native, "_CORES", 4)
+    products = [n * native.PRODUCTS_A_THREAD for n in (0, 1, 3, 100)]
+    for running, expected in ((0, [1, 1, 3, 4]), (4, [1, 1, 3, 4]), (5, [1, 1, 2, 3]), (12, [1, 1, 1, 1])):
+        monkeypatch.setattr(native, "_running", lambda running=running: running)
+        assert [native.threads_for(count) for count in products] == expected
+
+
+def test_no_product_of_the_states_is_a_batch_that_mkl_shares_out(monkeypatch):
+    """Where nothing else takes a second thread, its batched product would."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a batched product")
+
+    for name in ("baddbmm", "bmm", "matmul"):
+        monkeypatch.setattr(torch, name, refuse)
+    states, actions = networks.states_and_actions(1, 10, OBSERVATION_DIM, 3)
+    native.NativeCriticAtStates(networks.critic(OBSERVATION_DIM, 3, (32, 32)).stacked(), states, 10).score(actions)
+    native.behavior_flow(networks.velocity(OBSERVATION_DIM, 3, (32, 32)).stacked(), states, actions, 2)
+
+
+def test_what_runs_is_counted():
+    assert native._running() >= os.path.exists("/proc/loadavg")
 
 
 def test_what_is_compiled_already_needs_no_compiler(monkeypatch, tmp_path):

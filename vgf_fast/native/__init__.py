@@ -33,6 +33,7 @@ WIDTHS = 16  # hidden widths are multiples of it
 MAX_LAYERS = 32
 MAX_PARTICLES = 128  # of a state, as many as the kernels take
 PRODUCTS_A_THREAD = 50_000  # multiplications of a layer for every thread that takes part
+_CORES = os.cpu_count() or 1  # of the whole machine, which is what counts its threads
 _SOURCE = Path(__file__).with_name("flow.c")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp")
 _ACTIVATIONS = {"relu": 0, "gelu": 1, "swish": 2}
@@ -254,6 +255,27 @@ def pays(mlp: MLPWeights, rows: int, observations: Tensor) -> bool:
     )
 
 
+def _running() -> int:
+    """Threads of the whole machine that run or could, these included; 0 where it does not say."""
+    try:
+        file = os.open("/proc/loadavg", os.O_RDONLY)
+    except OSError:
+        return 0
+    try:
+        return int(os.read(file, 128).split()[3].partition(b"/")[0])
+    finally:
+        os.close(file)
+
+
+def threads_for(products: int) -> int:
+    """How many threads take part in layers of so many multiplications: fewer by those that lack a core of their own.
+
+    On a busy machine a layer would last until all of them have had their turn. Results are the same for any number.
+    """
+    wanted = min(torch.get_num_threads(), products // PRODUCTS_A_THREAD)
+    return max(1, wanted - max(0, _running() - _CORES)) if wanted > 1 else 1
+
+
 class StackAtStates:
     """A stack of perceptrons on [state, rest] bound to B states, whose share of the first layer is computed once.
 
@@ -271,11 +293,14 @@ class StackAtStates:
         self.sizes = (states, particles)
         hidden = [weight.shape[2] for weight in mlp.weights[:-1]]
         vectors = [[tensor.float().contiguous() for tensor in group] for group in mlp[1:4]]
-        x = observations.detach().float().expand(members, -1, -1)
-        self.share = torch.baddbmm(vectors[0][0].unsqueeze(1), x, first[:, :width].float())
+        x = observations.detach().float()
+        self.share = torch.empty(members, states, hidden[0], dtype=torch.float32)
+        # One by one: as a batch MKL gives every member a thread, however little there is to do.
+        for out, bias, weight in zip(self.share, vectors[0][0], first[:, :width].float(), strict=True):
+            torch.addmm(bias, x, weight, out=out)
         rows = states * particles
         products = members * rows * max(a * b for a, b in zip(hidden, hidden[1:] or [1], strict=False))
-        self.threads = max(1, min(torch.get_num_threads(), products // PRODUCTS_A_THREAD))
+        self.threads = threads_for(products)
         # Whole states, as many as make full tiles and stay in the cache.
         self.chunk = max(1, CHUNK_ROWS // particles) if rows >= MANY_ROWS else 0
         packed: list[list[Tensor]] = [[], []]
@@ -386,7 +411,7 @@ class FlowSteps:
             *(particles, entries, 0, bandwidth_gradient, repulsion, adam), step_size, temperature, *constants
         )
         self.moments = torch.zeros(2 if adam else 0, *x.shape, dtype=torch.float32)
-        self.threads = max(1, min(torch.get_num_threads(), x.numel() * particles // PRODUCTS_A_THREAD))
+        self.threads = threads_for(x.numel() * particles)
         self.workspace = torch.empty(found.vgf_flow_workspace(self.flow, self.threads), dtype=torch.float32)
 
     def step(self, score: Tensor) -> None:
