@@ -125,7 +125,7 @@ def test_rows_of_json_are_prompts_too(paths, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--particles", "0"], "particles is 0, expected a positive integer"),
+        (["--particles", "0"], "particles is 0, expected an integer >= 1"),
         (["--fluency", "-1"], "fluency is -1"),
         (["--steps", "-1"], "steps is -1, expected an integer >= 0"),
         (["--reference", "nowhere/at-all"], "--reference is 'nowhere/at-all', which cannot be loaded"),

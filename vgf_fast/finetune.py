@@ -17,7 +17,7 @@ from vgf_fast.functional import Backend
 from vgf_fast.learner import LEARNER_FILE, Learner
 from vgf_fast.online import OnlineTraining, Record, Style
 from vgf_fast.run import CHECKPOINT, POLICY, SETTINGS_FILE, choose_device
-from vgf_fast.settings import read_file
+from vgf_fast.settings import RunConfig, read_file
 
 RECORDS = "online.jsonl"
 
@@ -56,14 +56,13 @@ def finetune(
     """
     if not (run / CHECKPOINT / LEARNER_FILE).is_file():
         raise FileNotFoundError(f"{run} has no {CHECKPOINT}/{LEARNER_FILE}: expected the directory of a trained run")
-    settings = read_file(run / SETTINGS_FILE).get("run", {})
-    name, env = settings.get("task", ""), settings.get("env")
+    settings = RunConfig.from_dict(read_file(run / SETTINGS_FILE).get("run", {}))
+    name, env, folder = settings.task, settings.env, dataset_dir or settings.dataset_dir
     device = choose_device(device)
-    evaluation = tasks.environment(name, dataset_dir or settings.get("dataset_dir"), env=env)
+    evaluation = tasks.environment(name, folder, env=env)
     if evaluation.make_env is None:
         raise ValueError(f"{name} has no environment to act in: train with --env")
-    folder, url = dataset_dir or settings.get("dataset_dir"), settings.get("data_url")
-    task = tasks.load(name, folder, env=env, url=url, device=device)
+    task = tasks.load(name, folder, env=env, url=settings.data_url, device=device)
     held = out / CHECKPOINT / LEARNER_FILE
     learner = Learner.resume((out if held.is_file() else run) / CHECKPOINT, device=device, backend=backend)
     training = OnlineTraining(

@@ -391,9 +391,13 @@ class VGFPolicy(nn.Module):
         if (path / CONFIG_FILE).is_file():
             try:
                 values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise checkpoints.CheckpointError(f"{path / CONFIG_FILE} is not JSON: {error}") from error
-        policy = cls(VGFConfig.from_dict(values), backend=backend, seed=seed)
+        try:
+            config = VGFConfig.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise checkpoints.CheckpointError(f"{path / CONFIG_FILE}: {error}") from error
+        policy = cls(config, backend=backend, seed=seed)
         policy.to(next(iter(tensors.values())).dtype)
         checkpoints.load_module_tensors(policy, tensors, str(path / MODEL_FILE))
         return policy.to(device) if device is not None else policy
@@ -456,7 +460,7 @@ def _reference_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> Map
         raise FileNotFoundError(f"no configuration at {path}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected an object of the release's keys")

@@ -21,7 +21,7 @@ import torch
 
 from vgf_fast import checkpoints
 from vgf_fast import run as runs
-from vgf_fast.config import VGFConfig
+from vgf_fast.config import MAX_SEED, VGFConfig
 from vgf_fast.data import tasks
 from vgf_fast.evaluation import bootstrap_interval
 from vgf_fast.presets import PaperScore
@@ -35,6 +35,7 @@ METRICS = (
     ("return_mean", "return", 1.0),
 )
 CONFIDENCE = 0.95
+MAX_SEEDS = 1_000  # of a range: more is a slip of the pen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,10 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         match = re.fullmatch(r"\s*(\d+)(?:\s*\.\.\s*(\d+))?\s*", part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise ValueError(f"--seeds is {text!r}, expected such as 0..7 or 0,3,5")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+        low, high = int(match[1]), int(match[2] or match[1])
+        if high > MAX_SEED or high - low >= MAX_SEEDS:
+            raise ValueError(f"--seeds is {text!r}, expected at most {MAX_SEEDS:,} seeds, each at most {MAX_SEED}")
+        seeds += range(low, high + 1)
     return tuple(dict.fromkeys(seeds))
 
 

@@ -61,8 +61,13 @@ class Simulator:
     def __init__(self, make_env: Callable[[], Any]) -> None:
         self._bits = np.random.MT19937(0)
         self._episode, self._steps = "before its first episode", 0
-        with self._own_numpy():
-            self.env = make_env()
+        try:
+            with self._own_numpy():
+                self.env = make_env()
+        except (ImportError, OSError, TypeError, ValueError):
+            raise
+        except Exception as error:
+            raise EvaluationError(" ".join(f"make_env failed: {type(error).__name__}: {error}".split())) from error
         with warnings.catch_warnings():
             # OGBench's robot arms make their action space anew whenever they are asked, from bounds in float64.
             warnings.filterwarnings("ignore", module="gymnasium")

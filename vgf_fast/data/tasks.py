@@ -99,13 +99,15 @@ def load(
 def environment(name: str, dataset_dir: str | os.PathLike[str] | None = None, *, env: str | None = None) -> Evaluation:
     """Where a task's policy is evaluated; arguments and errors as ``load``'s."""
     if env is not None:
-        import gymnasium
-
+        try:
+            import gymnasium
+        except ImportError as error:
+            raise ImportError(f"Gymnasium cannot be imported ({error}): pip install 'vgf_fast[envs]'") from error
         try:
             gymnasium.spec(env)
         except gymnasium.error.Error as error:
             raise ValueError(f"env is {env}: {error}") from error
-        return Evaluation(lambda: gymnasium.make(env), None)
+        return Evaluation(lambda: _make(env), None)
     if name.startswith(D4RL):
         task = name.removeprefix(D4RL)
         return Evaluation(d4rl.environment(task), d4rl.REFERENCE_RETURNS[d4rl.family(task)])
@@ -114,6 +116,16 @@ def environment(name: str, dataset_dir: str | os.PathLike[str] | None = None, *,
     if is_file(name):
         return Evaluation(None, None)
     return Evaluation(lambda: ogbench.make_env(name), None)
+
+
+def _make(env: str) -> Any:
+    import gymnasium
+
+    try:
+        return gymnasium.make(env)
+    except (ImportError, gymnasium.error.Error) as error:
+        # Also of the simulator of an environment that Gymnasium knows by name.
+        raise ImportError(f"env is {env}, which cannot be made here: {error}") from error
 
 
 def is_file(name: str) -> bool:

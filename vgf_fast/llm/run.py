@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vgf_fast.config import TransportBudget
+from vgf_fast.config import MAX_SEED, TransportBudget, integer
 from vgf_fast.llm.baselines import BestOfN, TokenSearch
 from vgf_fast.llm.data import Message, read_rows, render_chat
 from vgf_fast.llm.embedding_flow import Aligner, EmbeddingFlow, TokenBudget
@@ -172,10 +173,9 @@ def align_paths(
     Raises ``ValueError`` or ``FileNotFoundError`` naming what is wrong, before a model is loaded where that is known.
     """
     budget = TokenBudget(steps, step_size, temperature, trust_radius, reward_units)
-    for name, value in (("particles", particles), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, expected a positive integer")
-    if fluency < 0:
+    particles, max_new_tokens = integer("particles", particles, 1), integer("max_new_tokens", max_new_tokens, 1)
+    max_tokens, seed = integer("max_tokens", max_tokens, 1), integer("seed", seed, 0, MAX_SEED)
+    if not 0 <= fluency < math.inf:
         raise ValueError(f"fluency is {fluency}, expected a ratio of perplexities, or 0 for no bound")
     kinds: dict[str, Callable[..., Aligner]] = {
         "flow": functools.partial(EmbeddingFlow, svgd=svgd),
