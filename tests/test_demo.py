@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from vgf_fast import demo
 from vgf_fast.cli import main
+from vgf_fast.console import name_of
 from vgf_fast.evaluation import EvaluationResult, evaluate
 from vgf_fast.policy import VGFPolicy
 
@@ -111,7 +113,8 @@ def test_it_repeats_and_tells_what_it_does(shown, tmp_path, capsys):
     printed = capsys.readouterr().out
     for text in ("collecting 6 episodes", "the data's own controller", "behaviour cloning", "L = 2", "95 % interval"):
         assert text in printed
-    assert "bc < L=0 < L=2: the intervals " in printed
+    assert re.search("^L = 0, best of N .*behaviour cloning.*: the intervals ", printed, re.MULTILINE)
+    assert re.search("^L = 2 .*L = 0, best of N.*: the intervals ", printed, re.MULTILINE)
     assert f"written to {tmp_path}: learning_curve.png, particles.png, results.json, policy/" in printed
 
 
@@ -161,7 +164,8 @@ def test_the_picture():
 
 def result(label, steps, low, high):
     values = dict.fromkeys([field.name for field in dataclasses.fields(EvaluationResult)])
-    return EvaluationResult(**{**values, "label": label, "flow_steps": steps, "return_low": low, "return_high": high})
+    own = {"label": label, "flow_steps": steps, "episodes": 60, "return_low": low, "return_high": high}
+    return EvaluationResult(**{**values, **own})
 
 
 def test_whether_intervals_are_apart():
@@ -172,3 +176,20 @@ def test_whether_intervals_are_apart():
     # In another order they are no success.
     assert demo._compare([result("bc", 0, -5, -4), good, better]) == (("bc", "L=0", "L=5"), False)
     assert demo._compare([worse, good]) == (("bc", "L=0"), True)
+
+
+def test_the_verdict_says_which_and_what_it_means():
+    worse, good = result("bc", 0, -40, -38), result("L=0", 0, -18, -16)
+    for better, sentence in (
+        (result("L=5", 5, -13, -12), "L = 5 is better than L = 0, best of N: the intervals are apart"),
+        (
+            result("L=5", 5, -17, -12),
+            "L = 5 and L = 0, best of N: the intervals overlap, so that 60 episodes do not tell which is better",
+        ),
+        (
+            result("L=5", 5, -30, -20),
+            "L = 5 is worse than L = 0, best of N, though it should be better: the intervals are apart",
+        ),
+    ):
+        first = "L = 0, best of N is better than behaviour cloning: the intervals are apart"
+        assert demo.verdict([better, worse, good], name_of) == [first, sentence]

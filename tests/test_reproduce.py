@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 pytest.importorskip("ogbench")
@@ -150,3 +151,25 @@ def test_the_paper_is_in_the_presets():
     assert preset("ogbench/puzzle-4x4-play/task2").paper == PaperScore(45, 17, 7, "mean of the five tasks")
     assert preset("d4rl/hopper-medium-v2").paper == PaperScore(97.9, 60.6, 66.3)
     assert preset("d4rl/hopper-medium-expert-v2").paper is None
+
+
+@pytest.mark.parametrize("level", [0.0, 40.0, 100.0])
+def test_the_curve_shows_every_line_and_no_success_that_cannot_be(level):
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import to_rgb
+
+    flow_steps = (0, 1, 2, 3)
+    cells = tuple(reproduce.Cell(one, level, level, level, (level, level)) for one in flow_steps)
+    summary = reproduce.Summary("success, %", (0, 1), 60, cells, None, cells[0], (level,) * 4, None)
+    figure = reproduce.curve(summary, (20, 40, 60), flow_steps, lambda one, step: [level, level])
+    (axes,) = figure.axes
+    low, high = axes.get_ylim()
+    assert 0.0 <= low < high <= 100.0
+    axes.get_legend().remove()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+    for line in axes.get_lines():
+        near = np.abs(pixels - 255.0 * np.array(to_rgb(line.get_color()))).max(axis=2) < 12.0
+        assert near.sum() > 200, line.get_label()

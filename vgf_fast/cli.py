@@ -186,14 +186,15 @@ class Info:
 
 def _demo(options: Demo, console: Console) -> None:
     from vgf_fast import demo
+    from vgf_fast.console import name_of
     from vgf_fast.run import choose_device
 
     device = choose_device(options.device or "cpu")
     found = demo.run(options.demo, options.out, device, options.backend, console.line)
     baseline = ("the data's own controller", found.data_mean, found.data_low, found.data_high)
     console.results(f"{demo.ENVIRONMENT}, seed {options.demo.seed}", found.results, demo.CONFIDENCE, baseline)
-    names = " < ".join(found.compared)
-    console.line(f"{names}: the intervals {'are apart' if found.apart else 'overlap, or are in another order'}")
+    for line in demo.verdict(found.results, name_of):
+        console.line(line)
     console.line(f"written to {options.out}: learning_curve.png, particles.png, results.json, policy/")
 
 

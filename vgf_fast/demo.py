@@ -241,11 +241,35 @@ def train(learner: Learner, dataset: Dataset, config: DemoConfig) -> list[CurveP
     return curve
 
 
-def _compare(results: Sequence[EvaluationResult]) -> tuple[tuple[str, ...], bool]:
-    """Labels of bc and of the fewest and the most flow steps up to 5; whether each interval lies above the last."""
+def verdict(results: Sequence[EvaluationResult], name_of: Callable[[str], str]) -> list[str]:
+    """A sentence for each step from behaviour cloning over the fewest to the most flow steps up to 5.
+
+    It says which is better, or that the intervals overlap, so that the episodes do not tell; ``name_of`` makes a label
+    readable.
+    """
+    lines = []
+    for before, after in itertools.pairwise(_chosen(results)):
+        names = name_of(after.label), name_of(before.label)
+        if before.return_high < after.return_low:
+            lines.append("{} is better than {}: the intervals are apart".format(*names))
+        elif after.return_high < before.return_low:
+            lines.append("{} is worse than {}, though it should be better: the intervals are apart".format(*names))
+        else:
+            told = f"the intervals overlap, so that {after.episodes} episodes do not tell which is better"
+            lines.append("{} and {}: {}".format(*names, told))
+    return lines
+
+
+def _chosen(results: Sequence[EvaluationResult]) -> list[EvaluationResult]:
+    """Behaviour cloning, and the fewest and the most flow steps up to 5."""
     flows = [result for result in results if result.label != "bc" and result.flow_steps <= 5]
     flows.sort(key=lambda result: result.flow_steps)
-    chosen = [result for result in results if result.label == "bc"] + flows[:1] + flows[1:][-1:]
+    return [result for result in results if result.label == "bc"] + flows[:1] + flows[1:][-1:]
+
+
+def _compare(results: Sequence[EvaluationResult]) -> tuple[tuple[str, ...], bool]:
+    """Labels of the chosen results; whether each interval lies above the last."""
+    chosen = _chosen(results)
     apart = all(worse.return_high < better.return_low for worse, better in itertools.pairwise(chosen))
     return tuple(one.label for one in chosen), apart
 

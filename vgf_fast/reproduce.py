@@ -238,26 +238,47 @@ def _draw(
 ) -> None:
     """Score against updates, a line for each number of flow steps; none without matplotlib."""
     try:
-        from matplotlib.figure import Figure
+        figure = curve(summary, steps, flow_steps, scores)
     except ImportError:
         return
+    with checkpoints.replacing(path) as part:
+        figure.savefig(part, format="png", dpi=130)
+
+
+def curve(
+    summary: Summary, steps: Sequence[int], flow_steps: Sequence[int], scores: Callable[[int, int], list[float]]
+) -> Any:
+    """The figure of ``curve.png``; ``scores(L, step)`` are those of the seeds. Raises ``ImportError``."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for index, one in enumerate(flow_steps):
         found: Mapping[int, list[float]] = {step: scores(one, step) for step in steps}
         shown = [step for step in steps if found[step]]
         intervals = [bootstrap_interval(found[step], CONFIDENCE, seed=0) for step in shown]
-        color = f"C{index % 10}"
-        axes.plot(shown, [float(np.mean(found[step])) for step in shown], "o-", ms=3, color=color, label=f"L = {one}")
+        means = [float(np.mean(found[step])) for step in shown]
+        # Broader the further back: where scores are equal, every line is still seen.
+        behind = len(flow_steps) - 1 - index
+        style: dict[str, Any] = {
+            "lw": 1.5 + 2.0 * behind,
+            "ms": 4.0 + 3.0 * behind,
+            "color": f"C{index % 10}",
+            "clip_on": False,
+        }
+        axes.plot(shown, means, "o-", label=f"L = {one}", zorder=3 + 0.01 * index, **style)
         low, high = ([interval[side] for interval in intervals] for side in (0, 1))
-        axes.fill_between(shown, low, high, color=color, alpha=0.15, lw=0)
+        axes.fill_between(shown, low, high, color=style["color"], alpha=0.15, lw=0)
     if summary.paper is not None:
         axes.axhline(summary.paper.vgf, color="black", ls=":", lw=1, label="paper, VGF")
+    if "%" in summary.metric:
+        # No axis of what cannot be; of the margin that matplotlib leaves, only the part between 0 and 100.
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(max(bottom, 0.0), min(max(top, 5.0), 100.0))
     axes.set_xlabel("updates")
     axes.set_ylabel(summary.metric)
     axes.set_title(f"{len(summary.seeds)} seeds, band: {100 * CONFIDENCE:g} % interval over seeds", fontsize=10)
     axes.legend(frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    with checkpoints.replacing(path) as part:
-        figure.savefig(part, format="png", dpi=130)
+    return figure
