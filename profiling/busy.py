@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from profiling import bench, machine, records
 from profiling.records import Record
@@ -76,18 +76,17 @@ def measure(plan: Plan, workers: Mapping[str, Worker], benchmark: str, count: in
         "load_average": load,
         "busy_loops": count,
     }
-    empty = dict.fromkeys(("ratio_to_jax", "ratio_to_eager"))
     found = []
     for name, worker in workers.items():
         p20, p50, p80 = records.quantiles(times[name])
-        own = {fact: worker.facts[fact] for fact in bench.OWN_FACTS}
+        own: dict[str, Any] = {fact: worker.facts[fact] for fact in bench.OWN_FACTS}
         # Totals and not medians: one call that waits for a time slice is what makes a run slow.
         total = sum(times[name])
         ratio = total / sum(times[ONE_THREAD])
         found.append(
             Record(
-                **shared, **own, **worker.memory(), **empty, method=name, rounds=len(times[name]), p20=p20, p50=p50,
-                p80=p80, total=total, ratio_to_one_thread=ratio,
+                **shared, **own, **worker.memory(), method=name, rounds=len(times[name]), p20=p20, p50=p50,
+                p80=p80, ratio_to_jax=None, ratio_to_eager=None, total=total, ratio_to_one_thread=ratio,
             )
         )  # fmt: skip
     return found

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vgf_fast import backends, reference
+from vgf_fast import backends, memory, reference
 from vgf_fast import flow_gradient as operators
 from vgf_fast.backends import Backend, resolve_backend, triton_installed, triton_interpreted
 from vgf_fast.config import TransportBudget, integer
@@ -133,6 +133,16 @@ def _check_critic_input(
     return weights, states, x
 
 
+def _check_memory(weights: MLPWeights, x: Tensor, scores: bool, **parts: int) -> None:
+    """Refuse what cannot fit: particles x [B, N, A] in a network, which keeps every layer for their ``scores``."""
+    if torch.compiler.is_compiling():
+        return
+    widths = [weight.shape[2] for weight in weights.weights[:-1]]
+    units = sum(widths) if scores else max(widths, default=0)
+    members = weights.weights[0].shape[0]
+    memory.check_flow(x.shape, _particle_dtype(x), x.device, members=members, units=units, **parts)
+
+
 # --- the API ---------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +166,7 @@ def critic_value_and_score(
     weights, states, x = _check_critic_input(critic, observations, actions, "actions")
     _check_choice("q_aggregation", q_aggregation, ("mean", "min"))
     _check_choice("flow_gradient", flow_gradient, ("none", "exact"))
+    _check_memory(weights, x, scores=True)
     states, x = _without_graph(flow_gradient, states, x.to(_particle_dtype(x)))
     if _uses_operator(flow_gradient):
         return operators.critic_op(*operators.flat(weights.detach()), states, x, q_aggregation, backend)
@@ -185,6 +196,8 @@ def svgd_direction(
     _check_device("score", g, "particles", x.device)
     _check_temperature(temperature)
     dtype = _particle_dtype(x)
+    if not torch.compiler.is_compiling():
+        memory.check_flow(x.shape, dtype, x.device, pairs=True)
     if resolve_backend(backend, x.device, x.shape[1], x.shape[2], dtype) == "triton":
         from vgf_fast.kernels import svgd
 
@@ -224,6 +237,7 @@ def behavior_flow(
             "velocity field's input"
         )
     _check_choice("flow_gradient", flow_gradient, operators.MODES)
+    _check_memory(weights, x, scores=False)
     states, x = _without_graph(flow_gradient, states, x.to(_particle_dtype(x)))
     if _uses_operator(flow_gradient):
         return operators.behavior_op(*operators.flat(weights.detach()), states, x, steps, backend, flow_gradient)
@@ -265,6 +279,9 @@ def value_gradient_flow(
     _check_choice("q_aggregation", q_aggregation, ("mean", "min"))
     _check_choice("optimizer", optimizer, ("adam", "ascent"))
     _check_choice("flow_gradient", flow_gradient, operators.MODES)
+    moving = budget.steps > 0
+    snapshots = budget.steps + 1 if return_trajectory else 0
+    _check_memory(weights, x, scores=moving, pairs=moving, snapshots=snapshots)
     states, x = _without_graph(flow_gradient, states, x.to(_particle_dtype(x)))
     options = (
         states,

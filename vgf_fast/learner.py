@@ -343,6 +343,7 @@ class Learner:
 
     def _noise(self, noise: Mapping[str, Any] | None, size: int) -> dict[str, Tensor]:
         config = self.policy.config
+        self.policy.check_memory(size, config.train_budget)
         shapes: dict[str, tuple[int, ...]] = {"particles": (size, config.particles, config.action_dim)}
         if config.behavior == "flow":
             shapes |= {"bc_x0": (size, config.action_dim), "bc_t": (size, 1)}
@@ -400,6 +401,7 @@ class Learner:
                 raise ValueError(
                     f"the dataset's {name} is {size}, expected {getattr(self.policy.config, name)}: config.{name}"
                 )
+        self.policy.check_memory(self.config.batch_size, self.policy.config.train_budget)
         records: list[dict[str, float]] = []
 
         def log(record: dict[str, float]) -> None:

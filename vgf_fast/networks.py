@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vgf_fast import reference
+from vgf_fast import memory, reference
 from vgf_fast.reference import MLPWeights
 
 
@@ -42,6 +42,8 @@ class StackedMLP(nn.Module):
         super().__init__()
         self.activation = activation
         widths = (input_dim, *hidden_dims, output_dim)
+        weights = members * sum(fan_in * fan_out for fan_in, fan_out in itertools.pairwise(widths))
+        memory.check_fits(f"{members} networks of layers {widths}", 4 * weights, torch.device("cpu"))
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from vgf_fast import checkpoints, functional, fused, graphs, reference
+from vgf_fast import checkpoints, functional, fused, graphs, memory, reference
 from vgf_fast.config import MAX_SEED, TransportBudget, VGFConfig, config_from_reference, integer
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache
@@ -126,6 +126,7 @@ class VGFPolicy(nn.Module):
         """
         states, single = self._states(observations)
         budget = self._test_budget(flow_steps)
+        self.check_memory(len(states), budget)
         generator = generator or self.generator
         selection = selection or self.config.selection
         start = self._noise(noise, len(states), single, generator)
@@ -195,6 +196,7 @@ class VGFPolicy(nn.Module):
         if not deterministic:
             return self.sample_actions(observation).cpu().numpy(), state
         states, single = self._states(observation)
+        self.check_memory(len(states), self.config.test_budget)
         fixed = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(self.config.particles, self.config.action_dim, generator=fixed, dtype=torch.float32)
         noise = noise.expand(len(states), -1, -1)
@@ -211,6 +213,20 @@ class VGFPolicy(nn.Module):
 
     def reset(self) -> None:
         """LeRobot's, called when an episode begins: the policy has no memory, so nothing changes."""
+
+    def check_memory(self, states: int, budget: TransportBudget) -> None:
+        """Raise ``ValueError`` where so many states, with their particles, take more memory than the device has."""
+        config = self.config
+        moving = budget.steps > 0 and not config.amortized
+        units = sum(config.hidden_dims) if moving else max(config.hidden_dims)
+        memory.check_flow(
+            (states, config.particles, config.action_dim),
+            self.particle_dtype,
+            self.device,
+            members=config.members,
+            units=units,
+            pairs=moving,
+        )
 
     # --- the parts of acting and of learning ------------------------------------------------------------------------
 

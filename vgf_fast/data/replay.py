@@ -9,6 +9,7 @@ import torch
 
 from vgf_fast.config import integer
 from vgf_fast.data.dataset import ACTION_CLIP, Dataset
+from vgf_fast.memory import check_fits
 
 
 class ReplayBuffer:
@@ -31,6 +32,8 @@ class ReplayBuffer:
         observation_dim = integer("observation_dim", observation_dim, 1)
         action_dim = integer("action_dim", action_dim, 1)
         width = 2 * observation_dim + action_dim + 2
+        place = torch.device("cpu" if device is None else device)
+        check_fits(f"{capacity} transitions of {width} numbers (capacity)", capacity * width * dtype.itemsize, place)
         self._storage = torch.zeros((capacity, width), dtype=dtype, device=device)
         ends = torch.zeros(capacity, dtype=torch.bool, device=self._storage.device)
         # All rows as a data set, for its views of the fields; what is sampled are the filled ones.
