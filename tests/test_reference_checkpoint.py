@@ -210,3 +210,41 @@ def test_config_from_reference():
         vgf.config_from_reference({"ob_dims": (64, 64, 3), "action_dim": 3, "encoder": "impala_small"})
     with pytest.raises(ValueError, match="agent_name is 'fql', expected one of 'vgf', 'avgf'$"):
         vgf.config_from_reference({"ob_dims": (11,), "action_dim": 3, "agent_name": "fql"})
+
+
+def with_critics(arrays, count):
+    """The release's arrays with another number of critics."""
+    return {name: np.concatenate([array] * 3)[:count] if "critic/" in name else array for name, array in arrays.items()}
+
+
+@pytest.mark.parametrize("members", [1, 5])
+def test_the_arrays_tell_how_many_critics_there_are(members):
+    arrays = with_critics(read_parameters(FOLDER / "params_3.pkl"), members)
+    policy = vgf.VGFPolicy.from_reference_parameters(arrays, FOLDER / "config.json")
+    assert policy.config.members == members
+    assert len(policy.critic.weights[0]) == len(policy.target_critic.weights[0]) == members
+    assert policy.sample_actions(torch.zeros(11)).isfinite().all()
+
+
+def test_critics_that_disagree_about_their_number():
+    arrays = read_parameters(FOLDER / "params_3.pkl")
+    five = with_critics(arrays, 5)
+    mixed = {name: (five if name.startswith("critic/") else arrays)[name] for name in arrays}
+    with pytest.raises(
+        CheckpointError, match=r"disagree about the number of critics: 5 in critic/.*2 in target_critic/"
+    ):
+        vgf.VGFPolicy.from_reference_parameters(mixed, FOLDER / "config.json")
+    with pytest.raises(CheckpointError, match="have no critics: critic/ is empty"):
+        vgf.VGFPolicy.from_reference_parameters({}, FOLDER / "config.json")
+
+
+def test_arrays_of_another_byte_order_and_numbers_that_are_none():
+    arrays = read_parameters(FOLDER / "params_3.pkl")
+    config = FOLDER / "config.json"
+    policy = vgf.VGFPolicy.from_reference_parameters(arrays, config)
+    foreign = {name: array.astype(">f8")[::-1][::-1] for name, array in arrays.items()}
+    same = vgf.VGFPolicy.from_reference_parameters(foreign, config)
+    assert all(map(torch.equal, policy.parameters(), same.parameters()))
+    foreign["bc/mlp/Dense_0/bias"][3] = 1e300
+    with pytest.raises(CheckpointError, match="bc/mlp/Dense_0/bias has values that are not finite in torch.float32"):
+        vgf.VGFPolicy.from_reference_parameters(foreign, config)

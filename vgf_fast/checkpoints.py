@@ -91,11 +91,15 @@ def save_tensors(
 def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what ``save_tensors`` wrote: (tensors on the CPU, header).
 
-    Raises ``FileNotFoundError`` when there is no such file and ``CheckpointError`` when it is damaged or another kind.
+    Raises ``FileNotFoundError`` when there is no such file, ``CheckpointError`` when it is damaged or another kind, and
+    ``OSError`` when it cannot be read.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    # safetensors calls what the machine refuses an error of the file.
+    with path.open("rb"):
+        pass
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = (file.metadata() or {}).get(_FORMAT)
@@ -107,7 +111,8 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
     try:
         about = json.loads(metadata)
         version, found, text, digest = (about[key] for key in ("version", "kind", "header", "sha256"))
-    except (ValueError, KeyError, TypeError) as error:
+        header = json.loads(text)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: its metadata cannot be read: {error}") from error
     if version != _FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}, expected {_FORMAT_VERSION}")
@@ -115,7 +120,7 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Ten
         raise CheckpointError(f"{path} holds a {found}, expected a {kind}")
     if digest != _digest(tensors, text):
         raise CheckpointError(f"{path} is damaged: its tensors do not match the checksum it was written with")
-    return tensors, json.loads(text)
+    return tensors, header
 
 
 def load_module_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

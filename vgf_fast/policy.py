@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -431,12 +432,15 @@ class VGFPolicy(nn.Module):
 
         ``arrays``: flat names to arrays, ``critic/value_net/Dense_0/kernel`` [E, in, out] and so on, ``target_critic/``
         and ``bc/`` likewise; ``config``: the release's configuration, a dict or a path to its JSON. The policy has
-        ``bandwidth_gradient=True``, so that it acts as it did. A missing target critic becomes a copy of the critic.
+        ``bandwidth_gradient=True``, so that it acts as it did, and as many critics as the arrays have. A missing target
+        critic becomes a copy of the critic.
         Raises ``checkpoints.CheckpointError`` naming an array that is missing, left over, or of another shape.
         """
-        from vgf_fast.reference_checkpoint import load_mlp
+        from vgf_fast.reference_checkpoint import count_members, load_mlp
 
         policy_config, _ = config_from_reference(_reference_config(config))
+        # The release's configuration does not say how many critics there are; its arrays do.
+        policy_config = dataclasses.replace(policy_config, members=count_members(arrays))
         policy = cls(policy_config, backend=backend, seed=seed)
         load_mlp(policy.critic, arrays, "critic")
         has_target = any(name.startswith("target_critic/") for name in arrays)

@@ -6,6 +6,7 @@ arrays of plain numbers and refuses every other global before anything is called
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import pickle
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vgf_fast.arrays import as_tensor
 from vgf_fast.checkpoints import CheckpointError
 from vgf_fast.networks import GaussianBehavior, StackedMLP
 
@@ -31,16 +33,18 @@ class _DType:
     """Stands for ``numpy.dtype``: a plain number type and its byte order."""
 
     def __init__(self, name: object) -> None:
-        if name not in _PLAIN_DTYPES:
+        # What is no string is not looked at: hashing or printing it may take for ever.
+        if not isinstance(name, str) or name not in _PLAIN_DTYPES:
+            found = repr(name) if isinstance(name, str) else type(name).__name__
             raise UnsafePickleError(
-                f"array of dtype {name!r}, expected plain numbers ({', '.join(sorted(_PLAIN_DTYPES))})"
+                f"array of dtype {found}, expected plain numbers ({', '.join(sorted(_PLAIN_DTYPES))})"
             )
-        self.name = str(name)
+        self.name = name
         self.order = "="
 
     def __setstate__(self, state: object) -> None:
-        if not (isinstance(state, tuple) and len(state) >= 2 and state[1] in ("<", ">", "|", "=")):
-            raise UnsafePickleError(f"unexpected state of a dtype: {state!r}")
+        if not (isinstance(state, tuple) and len(state) >= 2 and isinstance(state[1], str) and state[1] in "<>|="):
+            raise UnsafePickleError("unexpected state of a dtype")
         self.order = state[1]
 
 
@@ -122,16 +126,32 @@ class _ArrayUnpickler(pickle.Unpickler):
             raise UnsafePickleError(f"the pickle asks for {module}.{name}, which is not an array: refused") from None
 
     def persistent_load(self, pid: Any) -> Any:
-        raise UnsafePickleError(f"the pickle refers to an object outside of it ({pid!r}): refused")
+        raise UnsafePickleError("the pickle refers to an object outside of it: refused")
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str, out: dict[str, NDArray[Any]]) -> None:
-    for key, value in tree.items():
-        name = f"{prefix}/{key}" if prefix else str(key)
-        if isinstance(value, dict):
-            _flatten(value, name, out)
-        elif isinstance(value, _Array) and value.value is not None:
-            out[name] = value.value
+def _flatten(tree: Mapping[Any, Any], prefix: str) -> dict[str, NDArray[Any]]:
+    """The arrays of nested dicts, under the keys that lead to them. Raises ``CheckpointError`` for a dict met twice."""
+    found = {}
+    seen = {id(tree)}
+    left: list[tuple[str, Mapping[Any, Any]]] = [(prefix, tree)]
+    while left:
+        path, level = left.pop()
+        for key, value in level.items():
+            if isinstance(value, dict):
+                # A dict within itself has no end, and many that share their entries have too many.
+                if id(value) in seen:
+                    raise CheckpointError(f"{prefix} holds a dict in more than one place, expected a tree of arrays")
+                seen.add(id(value))
+                left.append((f"{path}/{_key(key)}", value))
+            elif isinstance(value, _Array) and value.value is not None:
+                found[f"{path}/{_key(key)}"] = value.value
+    return found
+
+
+def _key(key: object) -> str:
+    if not isinstance(key, (str, int)):
+        raise CheckpointError(f"a dict has a {type(key).__name__} as key, expected names")
+    return str(key)
 
 
 def read_parameters(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
@@ -140,48 +160,75 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
     Names, as ``VGFPolicy.from_reference_parameters`` takes them: ``critic/value_net/Dense_0/kernel``,
     ``target_critic/...``, ``bc/mlp/Dense_0/kernel``, and of the amortised agent ``q_grad/mlp/Dense_0/kernel``.
     Raises ``FileNotFoundError``; ``UnsafePickleError`` when the pickle asks for anything but arrays, before
-    anything of it is executed; ``CheckpointError`` when it is damaged or not a checkpoint of the release.
+    anything of it is executed; ``CheckpointError`` when it is damaged or not a checkpoint of the release; ``OSError``
+    when it cannot be read.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    data = path.read_bytes()
     try:
-        with open(path, "rb") as file:
-            content = _ArrayUnpickler(file).load()
+        content = _ArrayUnpickler(io.BytesIO(data)).load()
     except UnsafePickleError as error:
         raise UnsafePickleError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointError(f"{path} is damaged or not a pickle: {error or type(error).__name__}") from error
     agent = content.get("agent") if isinstance(content, dict) else None
+    if not isinstance(agent, dict):
+        raise CheckpointError(f"{path} is not a checkpoint of the release: it has no agent")
     arrays: dict[str, NDArray[Any]] = {}
     states = {"critic": "critic", "target_critic": "target_critic", "bc": "actor_bc"}
-    if isinstance(agent, dict) and "q_grad" in agent:
+    if "q_grad" in agent:
         states["q_grad"] = "q_grad"
     for name, state in states.items():
-        parameters = agent.get(state, {}).get("params") if isinstance(agent, dict) else None
+        holder = agent.get(state)
+        parameters = holder.get("params") if isinstance(holder, dict) else None
         if not isinstance(parameters, dict):
             raise CheckpointError(f"{path} is not a checkpoint of the release: it has no agent/{state}/params")
-        _flatten(parameters, name, arrays)
+        try:
+            arrays |= _flatten(parameters, name)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
     return arrays
 
 
-def _take(arrays: dict[str, NDArray[Any]], name: str, parameter: torch.Tensor, stacked: bool) -> None:
+def count_members(arrays: Mapping[str, Any]) -> int:
+    """How many critics the release's arrays hold: the first dimension of those of ``critic/``.
+
+    Raises ``CheckpointError`` without them, or when the arrays below ``critic/`` and ``target_critic/`` disagree.
+    """
+    counts: dict[int, str] = {}
+    for name, array in arrays.items():
+        if name.startswith(("critic/", "target_critic/")):
+            shape = np.shape(array)
+            counts.setdefault(shape[0] if shape else 0, name)
+    if not counts or 0 in counts:
+        raise CheckpointError(f"the release's parameters have no critics: {counts.get(0, 'critic/')} is empty")
+    if len(counts) > 1:
+        said = ", ".join(f"{count} in {name}" for count, name in counts.items())
+        raise CheckpointError(f"the release's parameters disagree about the number of critics: {said}")
+    return next(iter(counts))
+
+
+def _take(arrays: dict[str, Any], name: str, parameter: torch.Tensor, stacked: bool) -> None:
     if name not in arrays:
         raise CheckpointError(f"the release's parameters lack {name!r}")
-    value = torch.from_numpy(np.array(arrays.pop(name), order="C"))
+    value = as_tensor(name, arrays.pop(name))
     expected = tuple(parameter.shape if stacked else parameter.shape[1:])
     if tuple(value.shape) != expected:
         raise CheckpointError(f"{name} has shape {tuple(value.shape)}, expected {expected}: the configuration")
     parameter.copy_(value if stacked else value.unsqueeze(0))
+    if not bool(parameter.isfinite().all()):
+        raise CheckpointError(f"{name} has values that are not finite in {parameter.dtype}, expected finite weights")
 
 
 @torch.no_grad()
 def load_mlp(module: StackedMLP, arrays: Mapping[str, Any], prefix: str) -> None:
     """Copy the release's arrays below ``prefix`` into a module, in place and in the module's dtype.
 
-    Raises ``CheckpointError`` naming an array that is missing, left over, or of another shape.
+    Raises ``CheckpointError`` naming an array that is missing, left over, of another shape or not finite.
     """
-    left = {name: np.asarray(a) for name, a in arrays.items() if name.startswith(prefix + "/")}
+    left = {name: a for name, a in arrays.items() if name.startswith(prefix + "/")}
     stacked = prefix.endswith("critic")
     gaussian = isinstance(module, GaussianBehavior)
     body = f"{prefix}/{'value_net' if stacked else 'actor_net' if gaussian else 'mlp'}"

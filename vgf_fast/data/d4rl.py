@@ -19,6 +19,7 @@ import torch
 
 from vgf_fast.data.dataset import ACTION_CLIP, ACTION_TOLERANCE, Dataset
 from vgf_fast.data.download import download
+from vgf_fast.data.reading import h5py, named, reading
 
 Arrays: TypeAlias = "dict[str, np.ndarray[Any, Any]]"
 
@@ -154,16 +155,17 @@ def load(
     outside = int((np.abs(found["actions"]) > 1.0 + ACTION_TOLERANCE).any(axis=1).sum())
     if outside:
         warnings.warn(f"{file}: {outside} actions lie outside [-1, 1], and are clipped", stacklevel=2)
-    train = Dataset.from_arrays(
-        observations=found["observations"],
-        actions=np.clip(found["actions"], -ACTION_CLIP, ACTION_CLIP),
-        next_observations=found["next_observations"],
-        rewards=scale * found["rewards"] + shift,
-        masks=1.0 - found["terminals"],
-        terminals=found["ends"],
-        device=device,
-        dtype=dtype,
-    )
+    with named(file):
+        train = Dataset.from_arrays(
+            observations=found["observations"],
+            actions=np.clip(found["actions"], -ACTION_CLIP, ACTION_CLIP),
+            next_observations=found["next_observations"],
+            rewards=scale * found["rewards"] + shift,
+            masks=1.0 - found["terminals"],
+            terminals=found["ends"],
+            device=device,
+            dtype=dtype,
+        )
     return D4RLData(train, task, scale, shift, REFERENCE_RETURNS[robot])
 
 
@@ -233,25 +235,26 @@ def read(file: Path) -> Arrays:
 
     Raises ``ValueError`` as ``load`` does.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError(f"h5py cannot be imported ({error}): pip install 'vgf_fast[envs]'") from error
-    try:
-        with h5py.File(file, "r") as content:
-            missing = [key for key in KEYS if key not in content]
-            if missing:
-                raise ValueError(f"{file} has no {' and no '.join(missing)}; it has {', '.join(sorted(content))}")
-            wanted = [*KEYS, *(["timeouts"] if "timeouts" in content else [])]
-            arrays = {key: np.asarray(content[key][()]) for key in wanted}
-    except (OSError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{file} is damaged, or no HDF5 file ({error}): delete it, and get it again") from error
+    with reading(file, ", or no HDF5 file", ": delete it, and get it again"), h5py().File(file, "r") as content:
+        missing = [key for key in KEYS if key not in content]
+        if missing:
+            raise ValueError(f"{file} has no {' and no '.join(missing)}; it has {', '.join(sorted(content))}")
+        wanted = [*KEYS, *(["timeouts"] if "timeouts" in content else [])]
+        for key in wanted:
+            if hasattr(content[key], "keys"):
+                raise ValueError(
+                    f"{file}: {key} is a group of {', '.join(content[key])}, expected one array: write those that the "
+                    "policy shall see side by side"
+                )
+        arrays = {key: np.asarray(content[key][()]) for key in wanted}
     for name in ("rewards", "terminals", "timeouts"):
         # Some files have a column where others have a vector.
         if name in arrays and arrays[name].ndim == 2 and arrays[name].shape[1] == 1:
             arrays[name] = arrays[name][:, 0]
-    size = len(arrays["rewards"])
+    size = len(np.atleast_1d(arrays["rewards"]))
     for name, array in arrays.items():
+        if array.dtype.kind not in "fiub":
+            raise ValueError(f"{file}: {name} has dtype {array.dtype}, expected real numbers")
         rank = 2 if name in ("observations", "actions") else 1
         if name == "observations" and (array.ndim > 2 or array.dtype.kind not in "f"):
             raise ValueError(
@@ -261,9 +264,11 @@ def read(file: Path) -> Arrays:
         if array.ndim != rank or len(array) != size:
             expected = f"({size}, width)" if rank == 2 else f"({size},)"
             raise ValueError(f"{file}: {name} has shape {array.shape}, expected {expected}, as rewards")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            row = int(np.argwhere(~np.isfinite(array))[0][0])
-            raise ValueError(f"{file}: {name} has NaN or infinity in row {row}, expected finite numbers")
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(array.astype(np.float32))
+        if not finite.all():
+            row = int(np.argwhere(~finite)[0][0])
+            raise ValueError(f"{file}: {name} has NaN or infinity in row {row}, expected finite numbers in float32")
         if name in ("terminals", "timeouts") and not np.isin(array, (0, 1)).all():
             row = int(np.argmin(np.isin(array, (0, 1))))
             raise ValueError(f"{file}: {name} has {array[row]:g} in row {row}, expected 0 or 1")

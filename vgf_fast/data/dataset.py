@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
+from vgf_fast.arrays import as_tensor
+from vgf_fast.memory import check_fits
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Array: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
 
+# What transitions are stored in.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Rounding of a simulator's float32 actions; anything further outside [-1, 1] is another action scale, not rounding.
 ACTION_TOLERANCE = 1e-5
 # The public release keeps actions this far inside the bounds of the box.
@@ -105,11 +110,11 @@ class Dataset:
         Raises:
             TypeError: a field that is not an array, or of the wrong kind (integer or image observations), or a `dtype`
                 that is not floating.
-            ValueError: no transitions, unequal lengths, wrong rank, NaN or infinity, or values out of range; the
-                message names the field and the first bad row.
+            ValueError: no transitions, unequal lengths, wrong rank, no width, masked entries, values that are NaN or
+                infinite in `dtype` or out of range; the message names the field and the first bad row. A device that is
+                not there or too small.
         """
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype is {dtype}, expected a floating dtype of torch such as torch.float32")
+        place = check_storage(device, dtype)
         if not 0.0 < action_clip <= 1.0:
             raise ValueError(f"action_clip is {action_clip}, expected in (0, 1]")
         fields = {
@@ -135,10 +140,7 @@ class Dataset:
                 f"next_observations has shape {tuple(fields['next_observations'].shape)}, expected "
                 f"(*, {observation_dim}): the width of observations"
             )
-        if observation_dim == 0 or action_dim == 0:
-            raise ValueError(
-                f"observations and actions have widths {observation_dim} and {action_dim}, expected at least 1"
-            )
+        check_widths(observation_dim, action_dim)
 
         done = fields.pop("terminals", None)
         if done is None:
@@ -147,12 +149,11 @@ class Dataset:
             _check_rows("terminals", done, (done == 0) | (done == 1), "expected 0 or 1")
             ends = done.bool()
 
-        storage = torch.empty((size, 2 * observation_dim + action_dim + 2), dtype=dtype, device=device)
+        storage = allocate(size, 2 * observation_dim + action_dim + 2, dtype, place)
         dataset = cls(storage, ends.to(storage.device), observation_dim, action_dim)
         for name, field in fields.items():
             target: torch.Tensor = getattr(dataset, name)
-            target.copy_(field)
-            check_column(name, field, target)
+            check_column(name, field, target.copy_(field))
         dataset.actions.clamp_(-action_clip, action_clip)
         return dataset
 
@@ -180,6 +181,10 @@ class Dataset:
         Raises:
             TypeError, ValueError: a batch_size that is not an integer or below 1; a generator on another device.
         """
+        return self._draw(self.size, batch_size, generator)
+
+    def _draw(self, rows: int, batch_size: int, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
+        """As `sample`, from the first rows."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)):
             raise TypeError(f"batch_size is {batch_size!r}, expected an integer")
         if batch_size < 1:
@@ -188,7 +193,7 @@ class Dataset:
             raise ValueError(
                 f"generator is on {generator.device}, expected torch.Generator(device={str(self.device)!r})"
             )
-        index = torch.randint(self.size, (int(batch_size),), generator=generator, device=self.device)
+        index = torch.randint(rows, (int(batch_size),), generator=generator, device=self.device)
         return self._split(self._storage.index_select(0, index))
 
     def take(self, index: Sequence[int] | Array) -> dict[str, torch.Tensor]:
@@ -197,25 +202,34 @@ class Dataset:
         Raises:
             TypeError: indices that are not integers. ValueError: not of rank 1. IndexError: out of range.
         """
-        rows = torch.as_tensor(index, device=self.device)
-        if rows.dtype == torch.bool or rows.is_floating_point() or rows.is_complex():
+        rows = as_tensor("index", index).to(self.device)
+        if rows.dtype == torch.bool or rows.is_floating_point():
             raise TypeError(f"index has dtype {rows.dtype}, expected integers")
         if rows.ndim != 1:
             raise ValueError(f"index has shape {tuple(rows.shape)}, expected (B,)")
+        rows = rows.long()
         bad = (rows < 0) | (rows >= self.size)
         if bool(bad.any()):
             raise IndexError(f"index holds {int(rows[bad][0])}, expected in [0, {self.size})")
-        return self._split(self._storage.index_select(0, rows.long()))
+        return self._split(self._storage.index_select(0, rows))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Dataset:
-        """The same transitions on another device or in another floating dtype; this very dataset if nothing changes."""
+        """The same transitions on another device or in another floating dtype; this very dataset if nothing changes.
+
+        Raises:
+            TypeError: a dtype that is not floating.
+            ValueError: a value that is infinite in `dtype`, named with its row; a device that is not there or too small.
+        """
         dtype = self.dtype if dtype is None else dtype
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype is {dtype}, expected a floating dtype of torch such as torch.float32")
-        storage = self._storage.to(device=device, dtype=dtype)
-        if storage is self._storage:
+        place = check_storage(self.device if device is None else device, dtype)
+        if (place, dtype) == (self.device, self.dtype):
             return self
-        return Dataset(storage, self.terminals.to(storage.device), self._observation_dim, self._action_dim)
+        storage = allocate(self.size, self._storage.shape[1], dtype, place).copy_(self._storage)
+        moved = Dataset(storage, self.terminals.to(place), self._observation_dim, self._action_dim)
+        if dtype != self.dtype:
+            for name, field in self._split(self._storage).items():
+                check_column(name, field, getattr(moved, name))
+        return moved
 
     def statistics(self) -> DatasetStatistics:
         """Counts, returns and successes; a last trajectory that was cut off counts as one."""
@@ -281,17 +295,11 @@ class Dataset:
 
 def _as_tensor(name: str, array: Array, rank: int, floating: bool = False) -> torch.Tensor:
     """`array` as a tensor where it lies, its kind and rank checked."""
-    if isinstance(array, np.ndarray):
-        if array.dtype.kind not in "fiub":
-            raise TypeError(f"{name} has dtype {array.dtype}, expected real numbers")
-        # Torch takes neither read-only memory without a warning, nor negative strides, nor foreign byte orders.
-        native = array.astype(array.dtype.newbyteorder("="), copy=False)
-        plain = native.flags.writeable and all(stride >= 0 for stride in native.strides)
-        array = torch.from_numpy(native if plain else native.copy())
-    elif not isinstance(array, torch.Tensor):
+    if not isinstance(array, (np.ndarray, torch.Tensor)):
         raise TypeError(f"{name} is a {type(array).__name__}, expected a NumPy array or a torch tensor")
-    if array.is_complex():
-        raise TypeError(f"{name} has dtype {array.dtype}, expected real numbers")
+    array = as_tensor(name, array)
+    if array.is_meta:
+        raise TypeError(f"{name} is on the meta device, expected values")
     if floating and not array.is_floating_point():
         what = "pixel and integer observations are" if "observations" in name else "discrete actions are"
         raise TypeError(
@@ -301,7 +309,40 @@ def _as_tensor(name: str, array: Array, rank: int, floating: bool = False) -> to
     if array.ndim != rank:
         expected = "(M,)" if rank == 1 else "(M, width)"
         raise ValueError(f"{name} has shape {tuple(array.shape)}, expected {expected}")
-    return array.detach()
+    return array
+
+
+def check_storage(device: torch.device | str | None, dtype: torch.dtype) -> torch.device:
+    """The device of transitions, the CPU by default, with its number.
+
+    Raises ``TypeError`` for a dtype that is not floating, and ``ValueError`` for a device that is not there.
+    """
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype is {dtype}, expected a floating dtype of torch: {', '.join(map(str, DTYPES))}")
+    try:
+        place = torch.zeros((), device="cpu" if device is None else device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"device is {str(device)!r}, which transitions cannot lie on: {reason}") from error
+    if place.type == "meta":
+        raise ValueError("device is 'meta', which transitions cannot lie on: it holds no values")
+    return place
+
+
+def allocate(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory for rows [rows, width]. Raises ``ValueError`` where the device has less."""
+    check_fits(f"{rows} transitions of {width} numbers in {dtype}", rows * width * dtype.itemsize, device)
+    # What is made in inference mode could not be written to outside of it.
+    with torch.inference_mode(False):
+        return torch.empty((rows, width), dtype=dtype, device=device)
+
+
+def check_widths(observation_dim: int, action_dim: int) -> None:
+    """Raise a ValueError for observations or actions without any numbers."""
+    if observation_dim < 1 or action_dim < 1:
+        raise ValueError(
+            f"observations and actions have widths {observation_dim} and {action_dim}, expected at least 1"
+        )
 
 
 def check_column(name: str, given: torch.Tensor, stored: torch.Tensor, first_row: int = 0) -> None:
@@ -314,7 +355,7 @@ def check_column(name: str, given: torch.Tensor, stored: torch.Tensor, first_row
         expected = f"expected in [-1, 1]: rescale the actions, they are not clipped by more than {ACTION_TOLERANCE:g}"
         _check_rows(name, given, given.abs() <= 1.0 + ACTION_TOLERANCE, expected, first_row)
     if name == "masks":
-        _check_rows(name, given, (given >= 0) & (given <= 1), "expected in [0, 1]", first_row)
+        _check_rows(name, given, (stored >= 0) & (stored <= 1), "expected in [0, 1]", first_row)
 
 
 def _check_rows(name: str, values: torch.Tensor, good: torch.Tensor, expected: str, first_row: int = 0) -> None:

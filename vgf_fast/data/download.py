@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import shutil
+from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.error import HTTPError, URLError
+from typing import TYPE_CHECKING, BinaryIO
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from vgf_fast.data.writing import is_open_at, wait
 from vgf_fast.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -18,36 +23,61 @@ CHUNK_BYTES = 2**20
 
 
 def download(url: str, file: Path, progress: bool = True) -> Path:
-    """Download to ``file``, going on with what an interrupted download left beside it.
+    """Download to ``file``, going on with what an interrupted download of ``url`` left beside it.
 
-    Raises ``ConnectionError`` when the server is away, or sends another number of bytes than it said.
+    A call at the same time waits, and takes the file of the first one. Raises ``ConnectionError`` when the server is
+    away, or sends another number of bytes than it said, and ``OSError`` when the file cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    have = part.stat().st_size if part.is_file() else 0
+    # What one address began is not another's to go on with.
+    part = file.with_name(f"{file.name}.{hashlib.sha256(url.encode()).hexdigest()[:8]}.part")
+    while True:
+        with part.open("ab") as out:
+            wait(out.fileno())
+            # Whoever held the lock may have finished, and renamed what is open here.
+            if is_open_at(out.fileno(), part):
+                try:
+                    if not file.is_file():
+                        _download(url, file, out, progress)
+                        os.replace(part, file)
+                    return file
+                finally:
+                    if os.fstat(out.fileno()).st_size == 0:
+                        part.unlink(missing_ok=True)
+
+
+def _download(url: str, file: Path, out: BinaryIO, progress: bool) -> None:
+    """Add what ``out`` lacks of the file at ``url``."""
     advice = f"get {url} elsewhere and put it at {file}, or give its path or a mirror's address"
+    have = out.seek(0, os.SEEK_END)
     try:
         answer, have = _request(url, have)
-        with answer:
-            length = answer.headers.get("Content-Length")
-            total = None if length is None else have + int(length)
-            with (
-                part.open("ab" if have else "wb") as out,
-                progress_bar(f"downloading {file.name}", -(-(total or 0) // CHUNK_BYTES), progress) as advance,
-            ):
-                advance(have // CHUNK_BYTES)
-                while chunk := answer.read(CHUNK_BYTES):
-                    out.write(chunk)
-                    advance()
-    except (URLError, ConnectionError, TimeoutError, OSError) as error:
+    except (OSError, HTTPException) as error:
         raise ConnectionError(f"{url} could not be downloaded ({error}): {advice}") from error
-    size = part.stat().st_size
+    length = answer.headers.get("Content-Length")
+    total = None if length is None else have + int(length)
+    out.truncate(have)
+    with answer, progress_bar(f"downloading {file.name}", -(-(total or 0) // CHUNK_BYTES), progress) as advance:
+        advance(have // CHUNK_BYTES)
+        free = shutil.disk_usage(file.parent).free
+        if total is not None and total - have > free:
+            missing = (total - have - free) / 2**30
+            raise OSError(errno.ENOSPC, f"takes {total / 2**30:.3g} GiB: {missing:.3g} GiB are missing", str(file))
+        while True:
+            try:
+                chunk = answer.read(CHUNK_BYTES)
+            except (OSError, HTTPException) as error:
+                raise ConnectionError(f"{url} could not be downloaded ({error}): {advice}") from error
+            if not chunk:
+                break
+            out.write(chunk)
+            advance()
+        out.flush()
+    size = os.fstat(out.fileno()).st_size
     if total is not None and size != total:
         if size > total:
-            part.unlink()
+            out.truncate(0)
         raise ConnectionError(f"{url} ended after {size} of {total} bytes: call again to go on, or {advice}")
-    os.replace(part, file)
-    return file
 
 
 def _request(url: str, have: int) -> tuple[HTTPResponse, int]:

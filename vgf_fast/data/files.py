@@ -6,11 +6,15 @@ masks [M], and perhaps terminals [M]. In a Parquet file the first three are colu
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import os
+import shutil
 import zipfile
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +22,19 @@ import numpy as np
 import torch
 
 from vgf_fast import checkpoints
+from vgf_fast.arrays import as_tensor
 from vgf_fast.data.dataset import (
     ACTION_CLIP,
     Dataset,
+    allocate,
     check_column,
+    check_storage,
+    check_widths,
     trajectory_ends,
 )
+from vgf_fast.data.reading import h5py, named, npy_header, reading
+from vgf_fast.data.writing import waiting_for
+from vgf_fast.memory import total_memory
 from vgf_fast.progress import progress_bar
 
 FIELDS = ("observations", "actions", "next_observations", "rewards", "masks")
@@ -32,6 +43,7 @@ SUFFIXES = (".npz", ".hdf5", ".h5", ".parquet")
 CHUNK_BYTES = 2**26
 MEMORY_SHARE = 0.5  # of the machine's memory; what is larger is mapped from a file
 MAPPED_SUFFIX = ".transitions"
+HASHED_PARTS, HASHED_BYTES = 64, 2**20  # of a file; one that is larger than all of them is hashed in parts
 
 
 class Column(NamedTuple):
@@ -43,35 +55,65 @@ class Column(NamedTuple):
 
 
 class Source(ABC):
-    """A file of transitions that is read in order."""
+    """A file of transitions that is read in order.
 
-    def __init__(self, path: Path) -> None:
+    ``keys`` are the parts of observations that are dicts, in the order in which they are put side by side.
+    """
+
+    def __init__(self, path: Path, keys: Sequence[str] = ()) -> None:
         self.path = path
+        self.keys = tuple(keys)
 
-    @abstractmethod
     def columns(self) -> dict[str, Column]:
-        """The known fields that the file has."""
+        """The known fields that the file has. Raises ``ValueError`` that names the file."""
+        with self._reading():
+            return self._columns()
+
+    def chunks(self, name: str, rows: int) -> Iterator[np.ndarray]:
+        """A field, about so many rows at a time. Raises ``ValueError`` that names the file."""
+        with self._reading():
+            yield from self._chunks(name, rows)
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return reading(self.path, ", or not what its ending says")
+
+    def _chosen(self, name: str, found: Sequence[str]) -> tuple[str, ...]:
+        """The keys to read of a dict field that has the keys ``found``."""
+        named = f"{self.path}: {name} is a dict of {', '.join(found)}"
+        if name not in ("observations", "next_observations"):
+            raise ValueError(f"{named}, expected one array")
+        if not self.keys:
+            raise ValueError(
+                f"{named}: choose what the policy shall see, such as observation_keys={tuple(found)} of "
+                "vgf_fast.data.files.load, or write it side by side into one array"
+            )
+        missing = [key for key in self.keys if key not in found]
+        if missing:
+            raise ValueError(f"{named}, expected {' and '.join(missing)} among them, from observation_keys")
+        return self.keys
 
     @abstractmethod
-    def chunks(self, name: str, rows: int) -> Iterator[np.ndarray]:
-        """A field, about so many rows at a time."""
+    def _columns(self) -> dict[str, Column]: ...
+
+    @abstractmethod
+    def _chunks(self, name: str, rows: int) -> Iterator[np.ndarray]: ...
 
 
 class _Npz(Source):
     """Arrays of an .npz file, compressed or not, read as streams."""
 
-    def columns(self) -> dict[str, Column]:
+    def _columns(self) -> dict[str, Column]:
         found = {}
         with zipfile.ZipFile(self.path) as archive:
             for name in (*FIELDS, "terminals"):
                 if f"{name}.npy" in archive.namelist():
                     with archive.open(f"{name}.npy") as stream:
-                        found[name] = _column(self.path, name, *_header(stream)[::2])
+                        found[name] = _column(self.path, name, *npy_header(stream)[::2])
         return found
 
-    def chunks(self, name: str, rows: int) -> Iterator[np.ndarray]:
+    def _chunks(self, name: str, rows: int) -> Iterator[np.ndarray]:
         with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
-            shape, fortran, dtype = _header(stream)
+            shape, fortran, dtype = npy_header(stream)
             if fortran and len(shape) > 1:
                 yield np.load(self.path)[name]
                 return
@@ -85,55 +127,78 @@ class _Npz(Source):
 
 
 class _Hdf5(Source):
-    """Datasets of an HDF5 file."""
+    """Datasets of an HDF5 file; observations may be groups of them."""
 
-    def columns(self) -> dict[str, Column]:
-        with _h5py().File(self.path, "r") as file:
-            known = [name for name in (*FIELDS, "terminals") if name in file]
-            return {name: _column(self.path, name, file[name].shape, file[name].dtype) for name in known}
+    def _columns(self) -> dict[str, Column]:
+        with h5py().File(self.path, "r") as file:
+            found = {}
+            for name in (*FIELDS, "terminals"):
+                if name in file:
+                    parts = self._datasets(file, name)
+                    if hasattr(file[name], "keys"):
+                        found[name] = _side_by_side(self.path, name, parts)
+                    else:
+                        found[name] = _column(self.path, name, parts[0].shape, parts[0].dtype)
+            return found
 
-    def chunks(self, name: str, rows: int) -> Iterator[np.ndarray]:
-        with _h5py().File(self.path, "r") as file:
-            for start in range(0, file[name].shape[0], rows):
-                yield file[name][start : start + rows]
+    def _chunks(self, name: str, rows: int) -> Iterator[np.ndarray]:
+        with h5py().File(self.path, "r") as file:
+            parts = self._datasets(file, name)
+            for start in range(0, parts[0].shape[0], rows):
+                arrays = [part[start : start + rows] for part in parts]
+                yield np.column_stack(arrays) if hasattr(file[name], "keys") else arrays[0]
+
+    def _datasets(self, file: Any, name: str) -> list[Any]:
+        found = file[name]
+        parts = [found[key] for key in self._chosen(name, list(found))] if hasattr(found, "keys") else [found]
+        for part in parts:
+            if not hasattr(part, "dtype") or part.shape is None:
+                raise ValueError(f"{self.path}: {part.name} is no array, expected one of numbers")
+        return parts
 
 
 class _Parquet(Source):
-    """Columns of a Parquet file: numbers, or lists of equal length."""
+    """Columns of a Parquet file: numbers, or lists of equal length; observations may be structs of lists."""
 
-    def columns(self) -> dict[str, Column]:
+    def _columns(self) -> dict[str, Column]:
         file = _parquet().ParquetFile(self.path)
         found = {}
         for name in (*FIELDS, "terminals"):
             if name in file.schema_arrow.names:
-                first = next(iter(self.chunks(name, 1)), np.empty((0, 1) if name in VECTORS else (0,), np.float32))
+                first = next(iter(self._chunks(name, 1)), np.empty((0, 1) if name in VECTORS else (0,), np.float32))
                 found[name] = _column(self.path, name, (file.metadata.num_rows, *first.shape[1:]), first.dtype)
         return found
 
-    def chunks(self, name: str, rows: int) -> Iterator[np.ndarray]:
+    def _chunks(self, name: str, rows: int) -> Iterator[np.ndarray]:
         start = 0
         for batch in _parquet().ParquetFile(self.path).iter_batches(rows, columns=[name]):
             column = batch.column(0)
             if column.null_count:
                 row = start + column.is_null().to_pylist().index(True)
                 raise ValueError(f"{self.path}: {name} has nothing in row {row}, expected numbers")
-            if name in VECTORS and hasattr(column, "flatten") and hasattr(column.type, "value_type"):
-                flat = column.flatten()
-                lengths = {len(one) for one in column.to_pylist()} if len(flat) % max(len(column), 1) else set()
-                if len(lengths) > 1:
-                    raise ValueError(f"{self.path}: {name} has lists of {sorted(lengths)} numbers, expected one length")
-                yield flat.to_numpy(zero_copy_only=False).reshape(len(column), -1)
+            fields = [field.name for field in column.type] if hasattr(column, "field") else []
+            if fields:
+                parts = [self._array(name, column.field(key), start) for key in self._chosen(name, fields)]
+                yield np.column_stack(parts)
             else:
-                yield column.to_numpy(zero_copy_only=False)
+                yield self._array(name, column, start)
             start += len(column)
 
+    def _array(self, name: str, column: Any, start: int) -> np.ndarray:
+        """Rows of a column from ``start`` on, as [M] or [M, width]."""
+        if name not in VECTORS or not hasattr(column, "flatten") or not hasattr(column.type, "value_type"):
+            return column.to_numpy(zero_copy_only=False)
+        import pyarrow.compute
 
-def _h5py() -> Any:
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError(f"h5py cannot be imported ({error}): pip install 'vgf_fast[envs]'") from error
-    return h5py
+        lengths = pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False)
+        width = lengths[0] if len(lengths) else 0
+        other = np.flatnonzero(lengths != width)
+        if len(other):
+            raise ValueError(
+                f"{self.path}: {name} has a list of {lengths[other[0]]} numbers in row {start + other[0]}, expected "
+                f"{width} as in row {start}"
+            )
+        return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), width)
 
 
 def _parquet() -> Any:
@@ -142,12 +207,6 @@ def _parquet() -> Any:
     except ImportError as error:
         raise ImportError(f"a Parquet file needs pyarrow ({error}): pip install pyarrow") from error
     return pyarrow.parquet
-
-
-def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(stream)
 
 
 def _column(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Column:
@@ -166,7 +225,17 @@ def _column(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype[Any])
     return Column(shape[0], shape[1] if name in VECTORS else None, dtype)
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
+def _side_by_side(path: Path, name: str, parts: Sequence[Any]) -> Column:
+    """The column of arrays [M] or [M, width] that are put side by side."""
+    shapes = [(*part.shape, 1) if len(part.shape) == 1 else part.shape for part in parts]
+    columns = [_column(path, name, shape, part.dtype) for shape, part in zip(shapes, parts, strict=True)]
+    rows = [column.rows for column in columns]
+    if len(set(rows)) > 1:
+        raise ValueError(f"{path}: the parts of {name} have {rows} rows, expected equal numbers")
+    return Column(rows[0], sum(column.width or 0 for column in columns), np.result_type(*(c.dtype for c in columns)))
+
+
+def open_source(path: str | os.PathLike[str], keys: Sequence[str] = ()) -> Source:
     """The reader of a file, by its ending. Raises ``FileNotFoundError``, and ``ValueError`` for another ending."""
     file = Path(path).expanduser()
     kinds: Mapping[str, type[Source]] = {".npz": _Npz, ".hdf5": _Hdf5, ".h5": _Hdf5, ".parquet": _Parquet}
@@ -174,12 +243,13 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         raise ValueError(f"{file} ends in {file.suffix!r}, expected one of {', '.join(SUFFIXES)}")
     if not file.is_file():
         raise FileNotFoundError(f"no file of transitions at {file}")
-    return kinds[file.suffix](file)
+    return kinds[file.suffix](file, keys)
 
 
 def load(
     path: str | os.PathLike[str],
     *,
+    observation_keys: Sequence[str] = (),
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     action_clip: float = ACTION_CLIP,
@@ -191,10 +261,11 @@ def load(
 
     The file is read a part at a time. On the CPU, transitions that take more than ``memory_share`` of the machine's
     memory are written as rows to a file of their own, and mapped from there: only what is sampled is read. A later call
-    finds that file again, as long as the first one is the same.
+    finds that file again, as long as the first one is the same; a call at the same time waits for it.
 
     Args:
         path: .npz, .hdf5, .h5 or .parquet (needs pyarrow).
+        observation_keys: where observations are dicts (HDF5 groups, Parquet structs), the keys to put side by side.
         device: where the transitions lie; default is the CPU.
         dtype: of the transitions, such as torch.bfloat16 for half the memory; the learner computes in its own.
         action_clip: as in ``Dataset.from_arrays``.
@@ -205,32 +276,36 @@ def load(
     Raises:
         FileNotFoundError: no file. ImportError: h5py or pyarrow is missing.
         ValueError: a damaged file, missing fields, unequal lengths, integers or images, NaN, actions outside [-1, 1];
-            the message names file, field and row.
+            the message names file, field and row. A device that is not there or too small.
+        OSError: the file cannot be read, or the mapped one cannot be written: the disk is full, the folder read-only.
     """
-    source = open_source(path)
+    source = open_source(path, observation_keys)
+    place = check_storage(device, dtype)
     if not 0.0 <= memory_share <= 1.0:
         raise ValueError(f"memory_share is {memory_share}, expected a number in [0, 1]")
     if not 0.0 < action_clip <= 1.0:
         raise ValueError(f"action_clip is {action_clip}, expected in (0, 1]")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype is {dtype}, expected a floating dtype of torch such as torch.float32")
-    try:
-        columns = _checked_columns(source)
-        return _load(
-            source, columns, torch.device(device or "cpu"), dtype, action_clip, memory_share, cache_dir, progress
-        )
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as error:
-        if isinstance(error, (FileNotFoundError, torch.OutOfMemoryError)):
-            raise
-        raise ValueError(f"{source.path} is damaged, or not what its ending says ({error})") from error
+    columns = _checked_columns(source)
+    rows, widths = columns["observations"].rows, (columns["observations"].width or 0, columns["actions"].width or 0)
+    shape = (rows, 2 * widths[0] + widths[1] + 2)
+    size = shape[0] * shape[1] * dtype.itemsize
+    memory = total_memory()
+    if place.type != "cpu" or memory is None or size <= memory_share * memory:
+        dataset = Dataset(allocate(*shape, dtype, place), _no_ends(rows, place), *widths)
+        _fill(source, columns, dataset, action_clip, progress)
+    else:
+        folder = source.path.parent if cache_dir is None else Path(cache_dir).expanduser()
+        file = folder / f"{source.path.name}.{_key(source, dtype, action_clip)}{MAPPED_SUFFIX}"
+        if not _is_whole(file, size):
+            _write_mapped(source, columns, file, shape, widths, dtype, action_clip, progress)
+        # Private pages: nobody can write to the file by way of a batch.
+        dataset = Dataset(_mapped(file, shape, dtype, shared=False), _no_ends(rows, place), *widths)
+    dataset.terminals = _ends(source, columns, dataset)
+    return dataset
 
 
 def _checked_columns(source: Source) -> dict[str, Column]:
-    try:
-        columns = source.columns()
-    except ValueError as error:
-        # pyarrow's errors are ValueErrors that do not name the file.
-        raise error if str(source.path) in str(error) else ValueError(f"{source.path}: {error}") from error
+    columns = source.columns()
     missing = [name for name in FIELDS if name not in columns]
     if missing:
         raise ValueError(f"{source.path} has no {' and no '.join(missing)}; expected {', '.join(FIELDS)}")
@@ -238,108 +313,115 @@ def _checked_columns(source: Source) -> dict[str, Column]:
     for name, column in columns.items():
         if column.rows != rows:
             raise ValueError(f"{source.path}: {name} has {column.rows} rows but observations has {rows}")
-    if rows == 0:
-        raise ValueError(f"{source.path} is empty: observations has 0 rows, expected at least 1")
+    if rows < 1:
+        raise ValueError(f"{source.path} is empty: observations has {rows} rows, expected at least 1")
     if columns["next_observations"].width != columns["observations"].width:
         raise ValueError(
             f"{source.path}: next_observations has width {columns['next_observations'].width}, expected "
             f"{columns['observations'].width}: that of observations"
         )
+    with named(source.path):
+        check_widths(columns["observations"].width or 0, columns["actions"].width or 0)
     return columns
 
 
-def _load(
+def _key(source: Source, dtype: torch.dtype, action_clip: float) -> str:
+    """What a mapped file is found again by: where its source lies and what it holds, and what was made of it."""
+    status = source.path.stat()
+    about = (str(source.path.resolve()), status.st_size, status.st_mtime_ns, str(dtype), action_clip, source.keys)
+    digest = hashlib.blake2b(repr(about).encode(), digest_size=12)
+    with reading(source.path), source.path.open("rb") as file:
+        # Evenly spaced, the first and the last bytes among them: the last ones of .npz are its checksums.
+        last = max(status.st_size - HASHED_BYTES, 0)
+        for part in range(HASHED_PARTS):
+            file.seek(last * part // (HASHED_PARTS - 1))
+            digest.update(file.read(HASHED_BYTES))
+    return digest.hexdigest()
+
+
+def _write_mapped(
     source: Source,
     columns: Mapping[str, Column],
-    device: torch.device,
+    file: Path,
+    shape: tuple[int, int],
+    widths: tuple[int, int],
     dtype: torch.dtype,
     action_clip: float,
-    memory_share: float,
-    cache_dir: str | os.PathLike[str] | None,
     progress: bool,
-) -> Dataset:
-    observation_dim, action_dim = columns["observations"].width or 0, columns["actions"].width or 0
-    shape = (columns["observations"].rows, 2 * observation_dim + action_dim + 2)
-    if device.type != "cpu" or shape[0] * shape[1] * dtype.itemsize <= memory_share * total_memory():
-        storage = torch.empty(shape, dtype=dtype, device=device)
-        return _fill(source, columns, storage, observation_dim, action_dim, action_clip, progress)
-    folder = source.path.parent if cache_dir is None else Path(cache_dir).expanduser()
-    # What is mapped depends on the file, the dtype and the clip.
-    status = source.path.stat()
-    key = f"{status.st_size:x}-{status.st_mtime_ns:x}-{str(dtype).removeprefix('torch.')}-{action_clip:.9g}"
-    file = folder / f"{source.path.name}.{key}{MAPPED_SUFFIX}"
-    if not file.is_file() or file.stat().st_size != shape[0] * shape[1] * dtype.itemsize:
-        with checkpoints.replacing(file) as part:
-            storage = _mapped(part, shape, dtype, shared=True)
-            _fill(source, columns, storage, observation_dim, action_dim, action_clip, progress)
-            del storage
-    # Private pages: nobody can write to the file by way of a batch.
-    storage = _mapped(file, shape, dtype, shared=False)
-    return Dataset(storage, _ends(source, columns, storage, observation_dim, action_dim), observation_dim, action_dim)
+) -> None:
+    """Write the file that is mapped, unless another process does so first."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    with contextlib.ExitStack() as stack:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(waiting_for(file))
+            if _is_whole(file, size):
+                return
+            part = stack.enter_context(checkpoints.replacing(file))
+            with part.open("rb+") as out:
+                # Pages of a mapped file that find no room end the process.
+                os.posix_fallocate(out.fileno(), 0, size)
+        except OSError as error:
+            raise _no_room(error, source.path, file.parent, size) from error
+        dataset = Dataset(_mapped(part, shape, dtype, shared=True), _no_ends(shape[0], torch.device("cpu")), *widths)
+        _fill(source, columns, dataset, action_clip, progress)
+
+
+def _no_room(error: OSError, path: Path, folder: Path, size: int) -> OSError:
+    reason = error.strerror or str(error)
+    if error.errno == errno.ENOSPC:
+        free = shutil.disk_usage(folder).free
+        reason = f"{free / 2**30:.3g} GiB are free, {max(size - free, 0) / 2**30:.3g} GiB are missing"
+    return OSError(
+        error.errno,
+        f"the mapped copy of {path.name} takes {size / 2**30:.3g} GiB and cannot be written: {reason}; give another "
+        "folder as cache_dir, or dtype=torch.bfloat16 for half",
+        str(folder),
+    )
+
+
+def _is_whole(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 def _mapped(file: Path, shape: tuple[int, int], dtype: torch.dtype, shared: bool) -> torch.Tensor:
-    if shared:
-        os.truncate(file, shape[0] * shape[1] * dtype.itemsize)
     return torch.from_file(str(file), shared=shared, size=shape[0] * shape[1], dtype=dtype).view(shape)
 
 
-def _fill(
-    source: Source,
-    columns: Mapping[str, Column],
-    storage: torch.Tensor,
-    observation_dim: int,
-    action_dim: int,
-    action_clip: float,
-    progress: bool,
-) -> Dataset:
+def _no_ends(rows: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros(rows, dtype=torch.bool, device=device)
+
+
+def _fill(source: Source, columns: Mapping[str, Column], dataset: Dataset, action_clip: float, progress: bool) -> None:
     """Read every field into its columns of the storage, checking it."""
-    dataset = Dataset(storage, torch.zeros(len(storage), dtype=torch.bool), observation_dim, action_dim)
-    rows = max(CHUNK_BYTES // (8 * max(observation_dim, action_dim)), 1)
-    with progress_bar(f"reading {source.path.name}", total=len(FIELDS) * len(storage), enabled=progress) as advance:
+    size = len(dataset)
+    rows = max(CHUNK_BYTES // (8 * max(dataset.observation_dim, dataset.action_dim)), 1)
+    with progress_bar(f"reading {source.path.name}", total=len(FIELDS) * size, enabled=progress) as advance:
         for name in FIELDS:
             target = getattr(dataset, name)
             start = 0
             for chunk in source.chunks(name, rows):
-                part = _tensor(chunk)
-                part = part.flatten() if columns[name].width is None else part
-                if tuple(part.shape[1:]) != tuple(target.shape[1:]):
-                    raise ValueError(f"{source.path}: {name} has width {part.shape[1]} in row {start}")
-                rows_of = target[start : start + len(part)]
-                rows_of.copy_(part)
-                try:
-                    check_column(name, part, rows_of, start)
-                except ValueError as error:
-                    raise ValueError(f"{source.path}: {error}") from error
+                with named(source.path):
+                    part = as_tensor(name, chunk)
+                    part = part.flatten() if columns[name].width is None else part
+                    if part.shape[1:] != target.shape[1:] or start + len(part) > size:
+                        raise ValueError(f"{name} has shape {tuple(part.shape)} in row {start}, unlike the rows before")
+                    check_column(name, part, target[start : start + len(part)].copy_(part), start)
                 start += len(part)
                 advance(len(part))
+            if start != size:
+                raise ValueError(f"{source.path}: {name} ends in row {start}, expected {size} rows")
             if name == "actions":
                 target.clamp_(-action_clip, action_clip)
-    dataset.terminals = _ends(source, columns, storage, observation_dim, action_dim)
-    return dataset
 
 
-def _ends(
-    source: Source, columns: Mapping[str, Column], storage: torch.Tensor, observation_dim: int, action_dim: int
-) -> torch.Tensor:
+def _ends(source: Source, columns: Mapping[str, Column], dataset: Dataset) -> torch.Tensor:
     """[M], bool: where trajectories end, as the file says or as its observations tell."""
     if "terminals" not in columns:
-        after = storage[:, observation_dim + action_dim : 2 * observation_dim + action_dim]
-        return trajectory_ends(storage[:, :observation_dim], after)
-    parts = [_tensor(chunk).flatten() for chunk in source.chunks("terminals", CHUNK_BYTES)]
-    given = torch.cat(parts)
+        return trajectory_ends(dataset.observations, dataset.next_observations)
+    given = torch.cat([as_tensor("terminals", chunk).flatten() for chunk in source.chunks("terminals", CHUNK_BYTES)])
     bad = (given != 0) & (given != 1)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(f"{source.path}: terminals holds {given[row].item():.7g} in row {row}, expected 0 or 1")
-    return given.bool().to(storage.device)
-
-
-def _tensor(chunk: np.ndarray) -> torch.Tensor:
-    native = np.ascontiguousarray(chunk.astype(chunk.dtype.newbyteorder("="), copy=False))
-    return torch.from_numpy(native if native.flags.writeable else native.copy())
-
-
-def total_memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return given.bool().to(dataset.device)

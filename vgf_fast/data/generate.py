@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vgf_fast.data.collection import Episode, EpisodeSpec, collect_in_worker, make_collector, start_worker
+from vgf_fast.data.writing import removing, waiting_for
 from vgf_fast.progress import progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Iterable, Sequence
 
 NAMES: tuple[str, ...] = (
     *(f"pointmaze-{size}-navigate-v0" for size in ("medium", "large", "giant", "teleport")),
@@ -109,9 +110,7 @@ def generate(
 
     folder = Path(out_dir).expanduser()
     files = GeneratedFiles(folder / f"{name}.npz", folder / f"{name}-val.npz")
-    for path in files:
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists: pass overwrite=True to replace it, or another out_dir")
+    _check_absent(files, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written to: pass another out_dir")
@@ -131,7 +130,7 @@ def generate(
             else:
                 _put(validation, episode, number - train_count, validation_count)
             advance()
-    _write({files.validation: validation, files.train: train})
+    _write({files.validation: validation, files.train: train}, overwrite)
     return files
 
 
@@ -211,15 +210,23 @@ def _put(arrays: dict[str, np.ndarray], episode: Episode, number: int, count: in
         arrays[key][number * len(values) : (number + 1) * len(values)] = values
 
 
-def _write(contents: dict[Path, dict[str, np.ndarray]]) -> None:
-    """Write every file beside its place and only then rename them all."""
+def _write(contents: dict[Path, dict[str, np.ndarray]], overwrite: bool) -> None:
+    """Write every file beside its place and only then rename them all, unless another process was first."""
     partial = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in contents}
-    try:
+    with removing(partial.values()):
         for path, arrays in contents.items():
-            with partial[path].open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-        for path, temporary in partial.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in partial.values():
-            temporary.unlink(missing_ok=True)
+            try:
+                with partial[path].open("wb") as file:
+                    np.savez(file, **arrays)  # type: ignore[arg-type]
+            except OSError as error:
+                raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
+        with waiting_for(next(iter(contents))):
+            _check_absent(contents, overwrite)
+            for path, temporary in partial.items():
+                os.replace(temporary, path)
+
+
+def _check_absent(files: Iterable[Path], overwrite: bool) -> None:
+    for path in files:
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists: pass overwrite=True to replace it, or another out_dir")

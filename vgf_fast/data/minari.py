@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from vgf_fast.data.dataset import Dataset
+from vgf_fast.data.reading import named, reading
 
 
 class MinariData(NamedTuple):
@@ -103,10 +105,8 @@ def load(
     if not parts["rewards"]:
         raise ValueError(f"{name} holds no transitions: {found.total_episodes} episodes, expected one with a step")
     arrays: dict[str, Any] = {field: np.concatenate(arrays) for field, arrays in parts.items()}
-    try:
+    with named(name):
         train = Dataset.from_arrays(**arrays, device=device, dtype=dtype)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
     return MinariData(train, name, _make_env(found), _score(found))
 
 
@@ -125,17 +125,22 @@ def _open(dataset: Any, dataset_dir: str | os.PathLike[str] | None) -> Any:
         raise ImportError(f"Minari cannot be imported ({error}): pip install 'vgf_fast[envs]'") from error
     if isinstance(dataset, minari.MinariDataset):
         return dataset
-    if dataset_dir is not None:
+    if dataset_dir is None:
+        from minari.storage import get_dataset_path
+
+        path = get_dataset_path(str(dataset)) / "data"
+    else:
         path = Path(dataset_dir).expanduser() / str(dataset) / "data"
-        if not path.is_dir():
-            raise FileNotFoundError(f"{path} does not exist: expected the Minari data set {dataset!r} there")
-        try:
+    if path.is_dir():
+        with reading(path, ", or no Minari data set"):
             return minari.MinariDataset(path)
-        except (OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is damaged, or no Minari data set ({error})") from error
+    if dataset_dir is not None:
+        raise FileNotFoundError(f"{path} does not exist: expected the Minari data set {dataset!r} there")
     try:
         return minari.load_dataset(str(dataset), download=True)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
         # What its hosts raise depends on which of their clients is installed.
         raise ConnectionError(
             f"the Minari data set {dataset!r} is not here, and its download failed: {type(error).__name__}: {error}; "
@@ -147,13 +152,11 @@ def _episodes(found: Any) -> Iterator[Any]:
     """The episodes of a data set; a ``ValueError`` names the one that its file has no more, or not whole."""
     episodes = iter(found.iterate_episodes())
     for number in found.episode_indices:
-        try:
+        with (
+            named(f"{found.spec.dataset_id}, episode {number}"),
+            reading(found.storage.data_path, advice=": delete it, and get it again"),
+        ):
             episode = next(episodes)
-        except (OSError, KeyError, RuntimeError) as error:
-            raise ValueError(
-                f"{found.spec.dataset_id}, episode {number}: {found.storage.data_path} is damaged ({error}): delete "
-                "it, and get it again"
-            ) from error
         yield episode
 
 

@@ -20,12 +20,16 @@ import torch
 
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.data.download import DOWNLOAD_TIMEOUT, download
+from vgf_fast.data.reading import named, npy_header, reading
+from vgf_fast.data.writing import removing, waiting_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DATASET_DIR_VARIABLE = "OGBENCH_DATASET_DIR"
 DEFAULT_DATASET_DIR = "~/.ogbench/data"
+
+ADVICE = ": delete it, then generate or download it again"
 
 # The types of data that OGBench publishes, by the first word of an environment's name.
 DATASET_TYPES = {
@@ -122,7 +126,8 @@ def load(
                 parsed.name, dataset_dir=str(folder), dataset_only=True, cur_env=environment
             )
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            raise _damaged(_damaged_file(paths), error) from error
+            path = _damaged_file(paths)
+            raise ValueError(f"{path} is damaged ({error}){ADVICE}") from error
         finally:
             environment.close()
     return TaskData(
@@ -219,16 +224,18 @@ def _download(ogbench: Any, dataset: str, folder: Path, missing: list[Path]) -> 
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        ogbench.download_datasets([dataset], str(folder))
+        # OGBench downloads what is missing to names that several processes would share.
+        with waiting_for(folder / dataset), removing([path.with_name(f"{path.name}.tmp") for path in missing]):
+            ogbench.download_datasets([dataset], str(folder))
     except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
         raise ConnectionError(
             f"{dataset} could not be downloaded to {folder} ({error}): the OGBench server seems to be away; "
             f"generate the data (vgf_fast.data.generate) or get it elsewhere, and pass its folder as dataset_dir"
         ) from error
+    except OSError as error:
+        raise OSError(error.errno, f"{dataset} cannot be written: {error.strerror}", str(folder)) from error
     finally:
         socket.setdefaulttimeout(timeout)
-        for path in missing:
-            path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
 
 
 def _check_file(path: Path, task: _Task, environment: Any) -> None:
@@ -240,7 +247,7 @@ def _check_file(path: Path, task: _Task, environment: Any) -> None:
     }
     if task.dataset.startswith(("scene", "puzzle")):
         widths["button_states"] = environment.unwrapped._num_buttons
-    try:
+    with reading(path, advice=ADVICE):
         with zipfile.ZipFile(path) as archive:
             for name in ("terminals", *widths):
                 if f"{name}.npy" not in archive.namelist():
@@ -248,8 +255,6 @@ def _check_file(path: Path, task: _Task, environment: Any) -> None:
             shapes = {name: _array_shape(archive, name) for name in widths}
         with np.load(path) as file:
             terminals = file["terminals"]
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise _damaged(path, error) from error
     for name, width in widths.items():
         if shapes[name] != (len(terminals), width):
             raise ValueError(
@@ -264,17 +269,13 @@ def _check_file(path: Path, task: _Task, environment: Any) -> None:
 def _array_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
     """The shape of the array `name` of an npz file, from its header alone."""
     with archive.open(f"{name}.npy") as stream:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return read(stream)[0]
+        return npy_header(stream)[0]
 
 
 def _dataset(path: Path, arrays: dict[str, Any], device: torch.device | str | None, dtype: torch.dtype) -> Dataset:
     """The data set of the arrays that the loader made of `path`; an error names the file."""
-    try:
+    with named(path):
         return Dataset.from_arrays(**arrays, device=device, dtype=dtype)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _damaged_file(paths: list[Path]) -> Path:
@@ -287,10 +288,6 @@ def _damaged_file(paths: list[Path]) -> Path:
         except (zipfile.BadZipFile, zlib.error, EOFError):
             return path
     return paths[-1]
-
-
-def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is damaged ({error}): delete it, then generate or download it again")
 
 
 @contextmanager

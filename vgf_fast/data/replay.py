@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
+from vgf_fast.arrays import as_tensor
 from vgf_fast.config import integer
-from vgf_fast.data.dataset import ACTION_CLIP, Dataset
-from vgf_fast.memory import check_fits
+from vgf_fast.data.dataset import ACTION_CLIP, Dataset, allocate, check_storage
 
 
 class ReplayBuffer:
@@ -27,15 +26,17 @@ class ReplayBuffer:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """An empty buffer. Raises ``ValueError`` for sizes below 1."""
+        """An empty buffer; the default device is the CPU.
+
+        Raises ``ValueError`` for sizes below 1 or too large for the device, and for a device that is not there, and
+        ``TypeError`` for a dtype that is not floating.
+        """
         capacity = integer("capacity", capacity, 1)
         observation_dim = integer("observation_dim", observation_dim, 1)
         action_dim = integer("action_dim", action_dim, 1)
-        width = 2 * observation_dim + action_dim + 2
-        place = torch.device("cpu" if device is None else device)
-        check_fits(f"{capacity} transitions of {width} numbers (capacity)", capacity * width * dtype.itemsize, place)
-        self._storage = torch.zeros((capacity, width), dtype=dtype, device=device)
-        ends = torch.zeros(capacity, dtype=torch.bool, device=self._storage.device)
+        place = check_storage(device, dtype)
+        self._storage = allocate(capacity, 2 * observation_dim + action_dim + 2, dtype, place).zero_()
+        ends = torch.zeros(capacity, dtype=torch.bool, device=place)
         # All rows as a data set, for its views of the fields; what is sampled are the filled ones.
         self._rows = Dataset(self._storage, ends, observation_dim, action_dim)
         self.size = 0
@@ -64,25 +65,30 @@ class ReplayBuffer:
         return self._storage.device
 
     def add(self, observation: Any, action: Any, next_observation: Any, reward: float, mask: float) -> None:
-        """Add a transition: observation and next_observation [O], action [A] (clipped to +-(1 - 1e-5)), mask 0 or 1.
+        """Add a transition: observation and next_observation [O], action [A] (clipped to +-(1 - 1e-5)), mask in [0, 1].
 
-        Raises ``ValueError`` for wrong lengths, and for NaN or infinity.
+        Raises ``ValueError`` for wrong lengths, for what is NaN or infinite in the buffer's dtype, and for another
+        mask; ``TypeError`` for what is not numbers. Then nothing was added.
         """
         o, a = self._rows.observation_dim, self._rows.action_dim
         parts = {
-            "observation": (np.asarray(observation, np.float64).ravel(), o),
-            "action": (np.asarray(action, np.float64).ravel().clip(-ACTION_CLIP, ACTION_CLIP), a),
-            "next_observation": (np.asarray(next_observation, np.float64).ravel(), o),
-            "reward": (np.asarray([reward], np.float64), 1),
-            "mask": (np.asarray([mask], np.float64), 1),
+            "observation": (as_tensor("observation", observation), o),
+            "action": (as_tensor("action", action), a),
+            "next_observation": (as_tensor("next_observation", next_observation), o),
+            "reward": (as_tensor("reward", reward), 1),
+            "mask": (as_tensor("mask", mask), 1),
         }
+        values = []
         for name, (value, length) in parts.items():
-            if len(value) != length:
-                raise ValueError(f"{name} has {len(value)} entries, expected {length}")
-            if not np.isfinite(value).all():
-                raise ValueError(f"{name} has NaN or infinity, expected finite numbers")
-        row = torch.from_numpy(np.concatenate([value for value, _ in parts.values()]))
-        self._storage[self.cursor].copy_(row.to(self._storage.dtype))
+            if value.numel() != length:
+                raise ValueError(f"{name} has {value.numel()} entries, expected {length}")
+            stored = value.flatten().to("cpu", self._storage.dtype)
+            if not bool(stored.isfinite().all()):
+                raise ValueError(f"{name} has NaN or infinity in {stored.dtype}, expected finite numbers")
+            values.append(stored.clamp(-ACTION_CLIP, ACTION_CLIP) if name == "action" else stored)
+        if not 0 <= values[-1].item() <= 1:
+            raise ValueError(f"mask is {values[-1].item():.7g}, expected in [0, 1]")
+        self._storage[self.cursor].copy_(torch.cat(values))
         self.cursor = (self.cursor + 1) % self.capacity
         self.size = min(self.size + 1, self.capacity)
 
@@ -90,8 +96,7 @@ class ReplayBuffer:
         """Transitions drawn uniformly with replacement, as ``Dataset.sample``. Raises ``ValueError`` when empty."""
         if self.size == 0:
             raise ValueError("the replay buffer is empty, expected at least one transition")
-        index = torch.randint(self.size, (batch_size,), generator=generator, device=self.device)
-        return self._rows._split(self._storage.index_select(0, index))
+        return self._rows._draw(self.size, batch_size, generator)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         """What ``restore`` takes: the filled rows, and counts."""
