@@ -218,7 +218,7 @@ class Dataset:
 
         Raises:
             TypeError: a dtype that is not floating.
-            ValueError: a value that is infinite in `dtype`, named with its row; a device that is not there or too small.
+            ValueError: a value that is infinite in `dtype`, named with its row; a device not there or too small.
         """
         dtype = self.dtype if dtype is None else dtype
         place = check_storage(self.device if device is None else device, dtype)
