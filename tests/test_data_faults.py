@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from vgf_fast import checkpoints
+from vgf_fast import Learner, VGFConfig, VGFPolicy, checkpoints
 from vgf_fast.data import files
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.data.download import download
@@ -564,6 +564,34 @@ def test_numpy_scalars_are_numbers():
     with pytest.raises(ValueError, match="batch_size is 0, expected at least 1"):
         buffer.sample(0)
     Dataset.from_arrays(**make(), action_clip=np.float32(0.5))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a[:, ::-1].copy()[:, ::-1],
+        lambda a: a.astype(">f4"),
+        lambda a: a.astype(np.longdouble),
+        lambda a: np.broadcast_to(a, a.shape),
+    ],
+    ids=["reversed", "big-endian", "long double", "read-only"],
+)
+def test_a_policy_and_a_learner_take_arrays_of_any_layout(change):
+    config = VGFConfig(3, 2, hidden_dims=(8,), behavior_hidden_dims=(8,), particles=3, behavior_steps=2)
+    arrays = make(4)
+    found = []
+    for given in (arrays, {name: change(array) if array.ndim == 2 else array for name, array in arrays.items()}):
+        policy = VGFPolicy(config, seed=0)
+        found.append(policy.sample_actions(given["observations"]))
+        found.append(Learner(policy).update(given)["critic_loss"])
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+
+
+def test_a_policy_refuses_masked_entries():
+    policy = VGFPolicy(VGFConfig(3, 2, hidden_dims=(8,), behavior_hidden_dims=(8,)))
+    with pytest.raises(ValueError, match=r"observations has 1 masked entries, the first at \[1\]"):
+        policy.sample_actions(np.ma.masked_array([1.0, 2.0, 3.0], [0, 1, 0]))
 
 
 @pytest.mark.parametrize("given", [torch.zeros(ROWS).to_sparse(), torch.zeros(ROWS, device="meta")])

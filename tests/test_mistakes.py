@@ -15,7 +15,9 @@ def test_a_name_is_no_environment():
 @pytest.mark.parametrize("given", ["abc", None, {"a": 1}, np.array(["a"]), np.zeros(4, "M8[s]"), np.zeros(4, complex)])
 def test_what_is_no_number(given):
     policy = vgf.VGFPolicy(vgf.VGFConfig(4, 2, hidden_dims=(8,), behavior_hidden_dims=(8,)))
-    with pytest.raises(TypeError, match=f"observations is a {type(given).__name__}, expected numbers"):
+    with pytest.raises(
+        TypeError, match=f"observations (is a {type(given).__name__}|has dtype .*), expected (real )?numbers"
+    ):
         policy.sample_actions(given)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vgf_fast import checkpoints, functional, fused, reference
+from vgf_fast.arrays import as_tensor
 from vgf_fast.config import TrainConfig, VGFConfig, integer, integers
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache, addresses
@@ -330,7 +331,7 @@ class Learner:
         return data
 
     def _tensor(self, name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
-        tensor = torch.as_tensor(value)
+        tensor = value if isinstance(value, Tensor) else as_tensor(name, value)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
         if not tensor.is_floating_point():

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from vgf_fast import checkpoints, functional, fused, graphs, memory, reference
+from vgf_fast.arrays import as_tensor
 from vgf_fast.config import MAX_SEED, TransportBudget, VGFConfig, config_from_reference, integer
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache
@@ -296,10 +297,7 @@ class VGFPolicy(nn.Module):
             if tensor.device != self.device:
                 raise ValueError(f"{name} is on {tensor.device}, but the policy is on {self.device}: move one of them")
         else:
-            array = np.asarray(value)
-            if array.dtype.kind not in "fiub":
-                raise TypeError(f"{name} is a {type(value).__name__}, expected numbers")
-            tensor = torch.as_tensor(array, device=self.device)
+            tensor = as_tensor(name, value).to(self.device)
         if not tensor.is_floating_point():
             raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating dtype")
         return tensor.to(dtype)

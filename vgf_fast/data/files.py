@@ -33,7 +33,7 @@ from vgf_fast.data.dataset import (
     trajectory_ends,
 )
 from vgf_fast.data.reading import h5py, named, npy_header, reading
-from vgf_fast.data.writing import waiting_for
+from vgf_fast.data.writing import reserve, waiting_for
 from vgf_fast.memory import total_memory
 from vgf_fast.progress import progress_bar
 
@@ -360,7 +360,7 @@ def _write_mapped(
             part = stack.enter_context(checkpoints.replacing(file))
             with part.open("rb+") as out:
                 # Pages of a mapped file that find no room end the process.
-                os.posix_fallocate(out.fileno(), 0, size)
+                reserve(out, size)
         except OSError as error:
             raise _no_room(error, source.path, file.parent, size) from error
         dataset = Dataset(_mapped(part, shape, dtype, shared=True), _no_ends(shape[0], torch.device("cpu")), *widths)
@@ -385,7 +385,7 @@ def _is_whole(file: Path, size: int) -> bool:
 
 
 def _mapped(file: Path, shape: tuple[int, int], dtype: torch.dtype, shared: bool) -> torch.Tensor:
-    return torch.from_file(str(file), shared=shared, size=shape[0] * shape[1], dtype=dtype).view(shape)
+    return torch.from_file(str(file), shared=shared, size=shape[0] * shape[1], dtype=dtype, device="cpu").view(shape)
 
 
 def _no_ends(rows: int, device: torch.device) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.data.reading import named, reading
+from vgf_fast.data.writing import waiting_for
 
 
 class MinariData(NamedTuple):
@@ -129,15 +130,22 @@ def _open(dataset: Any, dataset_dir: str | os.PathLike[str] | None) -> Any:
         from minari.storage import get_dataset_path
 
         path = get_dataset_path(str(dataset)) / "data"
+        # Minari downloads to where another process would find a part.
+        with waiting_for(get_dataset_path() / str(dataset).replace("/", "-")):
+            if not path.is_dir():
+                _download(minari, str(dataset), path)
     else:
         path = Path(dataset_dir).expanduser() / str(dataset) / "data"
-    if path.is_dir():
-        with reading(path, ", or no Minari data set"):
-            return minari.MinariDataset(path)
-    if dataset_dir is not None:
+    if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist: expected the Minari data set {dataset!r} there")
+    with reading(path, ", or no Minari data set"):
+        return minari.MinariDataset(path)
+
+
+def _download(minari: Any, dataset: str, path: Path) -> None:
+    """Let Minari download a data set, whose files will lie in ``path``."""
     try:
-        return minari.load_dataset(str(dataset), download=True)
+        minari.load_dataset(dataset, download=True)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextlib.contextmanager
 def waiting_for(path: Path) -> Iterator[None]:
     """Hold the lock of what is written at ``path``, waiting until no other process does; its folder must be there.
 
-    The kernel lets go of it when the process ends, however that happens. A file system without locks has none. Raises
-    ``OSError`` where the folder cannot be written to.
+    The kernel lets go of it when the process ends, however that happens. A file system without locks has none, and a
+    folder that cannot be written to needs none.
     """
     lock = path.with_name(f".{path.name}.lock")
     while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            yield
+            return
         try:
             wait(handle)
             # Whoever held it has removed the file: another one may hold the lock of a new file by now.
@@ -32,8 +36,18 @@ def waiting_for(path: Path) -> Iterator[None]:
 
 def wait(handle: int) -> None:
     """Lock an open file until it is closed, as soon as no other process has it locked."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ImportError):
+        import fcntl
+
         fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def reserve(file: BinaryIO, size: int) -> None:
+    """Give an empty file ``size`` bytes, and room on the disk for them. Raises ``OSError`` where there is none."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        file.truncate(size)
 
 
 def is_open_at(handle: int, path: Path) -> bool:
