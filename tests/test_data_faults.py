@@ -675,3 +675,48 @@ def test_fields_without_width_are_refused_alike(tmp_path, name, kind):
     ) as caught:
         call()
     assert kind == "arrays" or str(path) in str(caught.value)
+
+
+# --- libraries that download ---
+
+
+def test_a_minari_data_set_that_is_here_and_damaged_is_not_away(tmp_path, monkeypatch):
+    pytest.importorskip("minari")
+    from vgf_fast.data import minari
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    (tmp_path / "a" / "b-v0" / "data").mkdir(parents=True)
+    (tmp_path / "a" / "b-v0" / "data" / "metadata.json").write_text("{")
+    for folder in (None, tmp_path):
+        with pytest.raises(ValueError, match=r"b-v0.data"):
+            minari.load("a/b-v0", folder)
+
+
+def test_a_minari_download_that_has_no_room_is_no_host_that_is_away(tmp_path, monkeypatch):
+    library = pytest.importorskip("minari")
+    from vgf_fast.data import minari
+
+    def full(name, download):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr(library, "load_dataset", full)
+    with pytest.raises(OSError, match=r"cannot be written: No space left on device: .*b-v0") as caught:
+        minari.load("a/b-v0")
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_ogbench_download_that_has_no_room_names_the_folder(tmp_path, monkeypatch):
+    library = pytest.importorskip("ogbench")
+    from vgf_fast.data import ogbench
+
+    def full(names, folder):
+        (tmp_path / "cube-single-play-v0.npz.tmp").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path))
+    monkeypatch.setattr(library, "download_datasets", full)
+    with pytest.raises(OSError, match=f"cube-single-play-v0 cannot be written: No space left.*{tmp_path}"):
+        ogbench.load("cube-single-play-singletask-v0")
+    assert list(tmp_path.iterdir()) == []
