@@ -9,6 +9,7 @@ gymnasium = pytest.importorskip("gymnasium")
 from gymnasium import spaces  # noqa: E402
 from minari.data_collector.episode_buffer import EpisodeBuffer  # noqa: E402
 
+from vgf_fast.bounds import ActionBounds  # noqa: E402
 from vgf_fast.data import minari as loader  # noqa: E402
 from vgf_fast.data import tasks  # noqa: E402
 
@@ -118,7 +119,9 @@ def test_terminations_and_goals(local):
     assert data.train.observation_dim == 4
     actions = np.concatenate([b.actions for b in buffers])[:, 0]
     np.testing.assert_allclose(data.train.actions[:, 0], 2 * (actions + 0.5) / 2.5 - 1, atol=2e-5)
-    environment.step(np.array([1.0], np.float32))
+    # The environment takes actions in its own units, which a policy of the data knows.
+    assert data.train.action_bounds == ActionBounds((-0.5,), (2.0,))
+    environment.step(np.array([2.0], np.float32))
     assert environment.unwrapped.at == pytest.approx(2.0)
     assert data.score is None
 
@@ -176,7 +179,7 @@ def test_what_is_not_supported_says_why(local):
         (buffer_of([np.zeros(2), np.full(2, np.nan), np.zeros(2)], [np.zeros(1, np.float32)] * 2),
          "episode 0: observations has NaN or infinity in step 1"),
         (buffer_of([np.zeros(2)] * 3, [np.zeros(1, np.float32), np.full(1, 3.0, np.float32)]),
-         r"episode 0: the action in step 1 is \[3.0\], expected within Box"),
+         r"episode 0: actions holds 3 in row 1, column 0, expected in \[-1, 1\]"),
         (buffer_of([np.zeros(2)] * 3, [np.zeros(1, np.float32)] * 2, [0.0, np.inf]),
          "episode 0: rewards has NaN or infinity in step 1"),
     ],

@@ -102,6 +102,7 @@ class Evaluate:
     workers: Workers = "sync"  # simulate in this process (sync) or in one process a core (async)
     seed: int = 0  # of the episodes
     confidence: float = 0.95  # of the intervals
+    max_episode_steps: int = 10_000  # an episode without an end is cut off there
     json: Path | None = None  # file to write the results to
     device: str | None = None  # cpu, cuda, ...; default: the GPU if there is one
     backend: Backend = "auto"  # auto, triton or torch
@@ -234,7 +235,10 @@ def _train(options: Train, sections: Sections, console: Console) -> None:
     if tasks.is_file(run.task):
         run = dataclasses.replace(run, task=str(Path(run.task).expanduser().resolve()))
     device, dtype = runs.choose_device(run.device), getattr(torch, run.data_precision)
-    task = tasks.load(run.task, run.dataset_dir, env=run.env, url=run.data_url, device=device, dtype=dtype)
+    task = tasks.load(
+        run.task, run.dataset_dir, env=run.env, url=run.data_url, action_low=run.action_low,
+        action_high=run.action_high, device=device, dtype=dtype,
+    )  # fmt: skip
     for line in task.summary.splitlines():
         console.line(line)
     if task.evaluation.make_env is None and run.eval_interval:
@@ -301,6 +305,7 @@ def _evaluate(options: Evaluate, console: Console) -> None:
         workers=options.workers,
         score=score,
         confidence=options.confidence,
+        max_episode_steps=options.max_episode_steps,
     )
     console.results(f"{name}, {options.episodes} episodes", results, options.confidence)
     if options.json is not None:

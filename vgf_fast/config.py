@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Set
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -79,6 +80,26 @@ def settle(config: Any, check: Callable[..., Any], fields: Iterable[str], *argum
         object.__setattr__(config, field, check(name, getattr(config, field), *arguments, **options))
 
 
+def checked_bounds(
+    owner: str, names: tuple[str, str], low: Any, high: Any
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Bounds of actions as tuples of floats. Raises ``ValueError`` unless finite, of one length, and low <= high."""
+    ends = []
+    for name, value in zip(names, (low, high), strict=True):
+        numbers = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
+        if not numbers or not all(isinstance(one, Real) and math.isfinite(one) for one in numbers):
+            raise ValueError(f"{owner}.{name} is {value!r}, expected at least one finite number")
+        ends.append(tuple(float(one) for one in numbers))
+    if len(ends[0]) != len(ends[1]):
+        raise ValueError(
+            f"{owner}.{names[0]} has {len(ends[0])} entries and {names[1]} {len(ends[1])}, expected as many"
+        )
+    for index, (one, other) in enumerate(zip(*ends, strict=True)):
+        if one > other:
+            raise ValueError(f"{owner}.{names[0]} is {one:g} in entry {index}, expected at most {names[1]}, {other:g}")
+    return ends[0], ends[1]
+
+
 def check_known_keys(owner: str, given: Mapping[str, Any], known: list[str]) -> None:
     """Raise ``ValueError`` naming every key of ``given`` that is not in ``known``, each with the closest known one.
 
@@ -121,7 +142,7 @@ class VGFConfig:
     """
 
     observation_dim: int  # O, length of an observation vector
-    action_dim: int  # A, length of an action vector; actions lie in [-1, 1]
+    action_dim: int  # A, length of an action vector; inside the policy actions lie in [-1, 1]
     hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # widths of the critic's hidden layers
     members: int = 2  # E, critics in the ensemble
     layer_norm: bool = True  # LayerNorm before the activation in the critic
@@ -142,6 +163,8 @@ class VGFConfig:
     bandwidth_gradient: bool = False  # True: differentiate the median bandwidth too, as the public release does
     selection: Selection = "max"  # how the acting particle is chosen
     selection_temperature: float = 1.0  # of the softmax over Q when selection is "softmax"
+    action_low: tuple[float, ...] | None = None  # what -1 stands for in the environment's units; None: not known, or -1
+    action_high: tuple[float, ...] | None = None  # what 1 stands for
 
     def __post_init__(self) -> None:
         settle(self, integers, ["hidden_dims", "behavior_hidden_dims"], 1, least=1)
@@ -161,6 +184,14 @@ class VGFConfig:
         for field in ("train_budget", "test_budget"):
             if not isinstance(getattr(self, field), TransportBudget):
                 raise ValueError(f"VGFConfig.{field} is {getattr(self, field)!r}, expected a TransportBudget")
+        if self.action_low is not None or self.action_high is not None:
+            names = ("action_low", "action_high")
+            for name, end in zip(
+                names, checked_bounds("VGFConfig", names, self.action_low, self.action_high), strict=True
+            ):
+                if len(end) != self.action_dim:
+                    raise ValueError(f"VGFConfig.{name} has {len(end)} entries, expected {self.action_dim}: action_dim")
+                object.__setattr__(self, name, end)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict of JSON types; ``VGFConfig.from_dict`` reads it back."""

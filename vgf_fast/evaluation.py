@@ -2,12 +2,13 @@
 
 An episode is a function of the policy, the seed of the evaluation and the episode's number: its own seeds start the
 environment, and its own normal numbers start the particles, so that all settings meet the same episodes with the same
-noise. All ``episodes`` count, however long each takes; none is cut off.
+noise. All ``episodes`` count, however long each takes; only one that would never end is cut off.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,15 +16,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from vgf_fast.bounds import ActionBounds
 from vgf_fast.config import MAX_SEED, integer, integers, real
 from vgf_fast.policy import VGFPolicy
 from vgf_fast.progress import progress_bar
-from vgf_fast.simulators import EpisodeSeed, EvaluationError, Simulators, Spaces, Workers, make_simulators
+from vgf_fast.simulators import (
+    EpisodeSeed,
+    EvaluationError,
+    Simulators,
+    Spaces,
+    Workers,
+    make_simulators,
+    read_spaces,
+)
 
 __all__ = ["EvaluationError", "EvaluationResult", "Score", "bootstrap_interval", "evaluate"]
 
 Score = Callable[[float], float] | tuple[float, float]
 BOOTSTRAP_RESAMPLES = 2000
+MAX_EPISODE_STEPS = 10_000  # longer than an episode of any task here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +47,9 @@ class EvaluationResult:
     return_mean: float  # of the undiscounted return
     return_low: float
     return_high: float
-    success_mean: float | None  # fraction of episodes whose last step's info says success; None where no info does
+    success_mean: (
+        float | None
+    )  # fraction of episodes whose last info has a true "success" or "is_success"; None: neither
     success_low: float | None
     success_high: float | None
     normalized_mean: float | None  # of the normalised return; None without ``score``
@@ -83,6 +96,7 @@ def evaluate(
     workers: Workers = "sync",
     score: Score | None = None,
     confidence: float = 0.95,
+    max_episode_steps: int = MAX_EPISODE_STEPS,
     progress: bool = True,
 ) -> list[EvaluationResult]:
     """Run ``episodes`` episodes for each number of flow steps; one result each, behaviour cloning first if asked for.
@@ -93,13 +107,18 @@ def evaluate(
     of the behaviour model. ``score`` normalises a return: a function, or (low, high) for
     100 (return - low) / (high - low).
 
+    Actions reach an environment in its own units: the policy's [-1, 1] is rescaled to the bounds of the action space,
+    and to the policy's own ``config.action_low`` and ``action_high`` where that has none. An episode is cut off after
+    ``max_episode_steps`` steps, with a warning; environments commonly have a limit of their own.
+
     The same ``seed`` and ``num_envs`` give the same results; the global generators of NumPy, Python and torch and the
     policy's own are left as they were.
 
     Raises ``ValueError`` or ``TypeError`` for arguments and spaces that do not fit, ``EvaluationError`` when an
-    environment fails.
+    environment fails, or gives an observation or a reward that is not finite: it names step and episode.
     """
     episodes, num_envs = integer("episodes", episodes, 1), integer("num_envs", num_envs, 1)
+    max_episode_steps = integer("max_episode_steps", max_episode_steps, 1)
     seed = integer("seed", seed, 0, 2 * MAX_SEED)
     if not 0.0 < real("confidence", confidence, 0.0, 1.0) < 1.0:
         raise ValueError(f"confidence is {confidence!r}, expected a number in (0, 1)")
@@ -114,23 +133,32 @@ def evaluate(
     results = []
     simulators = make_simulators(make_env, min(num_envs, episodes), workers)
     try:
-        _check_spaces(policy, simulators.spaces)
+        bounds = _action_bounds(policy, simulators.spaces)
         with progress_bar("evaluating", total=episodes * len(settings), enabled=progress) as advance:
             for setting in settings:
-                done = _run(policy, simulators, setting, episodes, min(num_envs, episodes), seed, advance)
+                done = _run(
+                    policy,
+                    simulators,
+                    bounds,
+                    setting,
+                    episodes,
+                    min(num_envs, episodes),
+                    seed,
+                    max_episode_steps,
+                    advance,
+                )
                 results.append(_summarize(setting, done, normalize, confidence, seed))
     finally:
         simulators.close()
     return results
 
 
-def check_environment(policy: VGFPolicy, make_env: Callable[[], Any]) -> None:
-    """Raise ``ValueError`` or ``TypeError`` for an environment that the policy does not fit, as ``evaluate`` does."""
-    simulators = make_simulators(make_env, 1, "sync")
-    try:
-        _check_spaces(policy, simulators.spaces)
-    finally:
-        simulators.close()
+def check_environment(policy: VGFPolicy, make_env: Callable[[], Any]) -> ActionBounds:
+    """The bounds that the policy's actions have in an environment.
+
+    Raises ``ValueError`` or ``TypeError`` for an environment that the policy does not fit, as ``evaluate`` does.
+    """
+    return _action_bounds(policy, read_spaces(make_env))
 
 
 def bootstrap_interval(values: Sequence[float] | np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
@@ -151,7 +179,8 @@ def _normalizer(score: Score | None) -> Callable[[float], float] | None:
     return lambda value: 100.0 * (value - low) / (high - low)
 
 
-def _check_spaces(policy: VGFPolicy, spaces: Spaces) -> None:
+def _action_bounds(policy: VGFPolicy, spaces: Spaces) -> ActionBounds:
+    """The bounds of an environment with these spaces, which are checked; where they are infinite, the policy's."""
     if spaces.observation_dim != policy.config.observation_dim:
         raise ValueError(
             f"the environment's observations have {spaces.observation_dim} entries, expected "
@@ -162,6 +191,22 @@ def _check_spaces(policy: VGFPolicy, spaces: Spaces) -> None:
             f"the environment's actions have {len(spaces.action_low)} entries, expected {policy.config.action_dim}: "
             "the policy's config.action_dim"
         )
+    known = policy.action_bounds
+    ends = [np.asarray(end, np.float64) for end in (spaces.action_low, spaces.action_high)]
+    if known is not None:
+        ends = [np.where(np.isfinite(end), end, own) for end, own in zip(ends, (known.low, known.high), strict=True)]
+    elif not np.isfinite(ends).all():
+        raise ValueError(
+            f"the environment's action space is [{spaces.action_low}, {spaces.action_high}], expected finite bounds: "
+            "give the policy's as config.action_low and action_high (in training, --action-low and --action-high)"
+        )
+    bounds = ActionBounds(*(tuple(end.tolist()) for end in ends))
+    if known is not None and not bounds.is_close(known) and not bounds.is_unit:
+        warnings.warn(
+            f"the environment's actions go from {bounds}, the policy's from {known}: they are rescaled to the former",
+            stacklevel=3,
+        )
+    return bounds
 
 
 def _episode_seeds(seed: int, episode: int) -> tuple[EpisodeSeed, int]:
@@ -173,10 +218,12 @@ def _episode_seeds(seed: int, episode: int) -> tuple[EpisodeSeed, int]:
 def _run(
     policy: VGFPolicy,
     simulators: Simulators,
+    bounds: ActionBounds,
     setting: _Setting,
     episodes: int,
     slots: int,
     seed: int,
+    max_episode_steps: int,
     advance: Callable[[], None],
 ) -> list[_Episode]:
     """All episodes of one setting, in the order of their numbers; a slot that is done takes the next one."""
@@ -184,6 +231,7 @@ def _run(
     waiting = deque(range(episodes))
     running: dict[int, _Episode] = {}
     finished: list[_Episode] = []
+    cut = 0
     while waiting or running:
         starting = {slot: waiting.popleft() for slot in range(slots) if slot not in running and waiting}
         if starting:
@@ -191,7 +239,7 @@ def _run(
             first = simulators.reset({slot: environment for slot, (environment, _) in seeds.items()})
             for slot, number in starting.items():
                 running[slot] = _Episode(number, first[slot], torch.Generator().manual_seed(seeds[slot][1]))
-        actions = _act(policy, [running[slot] for slot in sorted(running)], setting, chooser)
+        actions = bounds.to_environment(_act(policy, [running[slot] for slot in sorted(running)], setting, chooser))
         outcomes = simulators.step(dict(zip(sorted(running), actions, strict=True)))
         for slot, outcome in outcomes.items():
             episode = running[slot]
@@ -199,14 +247,21 @@ def _run(
             episode.total += outcome.reward
             episode.length += 1
             episode.success = outcome.success
-            if outcome.done:
+            if outcome.done or episode.length == max_episode_steps:
+                cut += not outcome.done
                 finished.append(running.pop(slot))
                 advance()
+    if cut:
+        warnings.warn(
+            f"{setting.label}: {cut} of {episodes} episodes were cut off after {max_episode_steps} steps "
+            "(max_episode_steps), without an end of their own",
+            stacklevel=3,
+        )
     return sorted(finished, key=lambda episode: episode.number)
 
 
 def _act(policy: VGFPolicy, episodes: list[_Episode], setting: _Setting, chooser: torch.Generator) -> np.ndarray:
-    """Actions [B, A] for the episodes under way, in one call of the policy."""
+    """Actions [B, A] in [-1, 1], float64, for the episodes under way, in one call of the policy."""
     shape = (policy.config.particles, policy.config.action_dim)
     noise = torch.stack([torch.randn(shape, generator=episode.noise) for episode in episodes])
     actions = policy.sample_actions(
@@ -216,7 +271,7 @@ def _act(policy: VGFPolicy, episodes: list[_Episode], setting: _Setting, chooser
         generator=chooser,
         selection=setting.selection,
     )
-    return actions.cpu().numpy()
+    return actions.cpu().double().numpy()
 
 
 def _summarize(

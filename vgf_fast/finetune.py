@@ -62,7 +62,10 @@ def finetune(
     evaluation = tasks.environment(name, folder, env=env)
     if evaluation.make_env is None:
         raise ValueError(f"{name} has no environment to act in: train with --env")
-    task = tasks.load(name, folder, env=env, url=settings.data_url, device=device)
+    task = tasks.load(
+        name, folder, env=env, url=settings.data_url, action_low=settings.action_low, action_high=settings.action_high,
+        device=device,
+    )  # fmt: skip
     held = out / CHECKPOINT / LEARNER_FILE
     learner = Learner.resume((out if held.is_file() else run) / CHECKPOINT, device=device, backend=backend)
     training = OnlineTraining(

@@ -387,6 +387,7 @@ class Learner:
         evaluation's, and is passed to ``on_log``. ``checkpoint_dir`` is saved to every ``checkpoint_interval`` updates,
         at the end, and when interrupted by Ctrl-C, which takes effect between two updates, so that ``Learner.resume``
         goes on exactly. Intervals are counted in ``learner.step``: a resumed run logs, evaluates and saves at the same.
+        A policy without ``action_bounds`` keeps the dataset's; others raise ``ValueError``.
         """
         steps, log_interval = integer("steps", steps, 0), integer("log_interval", log_interval, 1)
         eval_interval = integer("eval_interval", eval_interval, 1)
@@ -403,6 +404,7 @@ class Learner:
                     f"the dataset's {name} is {size}, expected {getattr(self.policy.config, name)}: config.{name}"
                 )
         self.policy.check_memory(self.config.batch_size, self.policy.config.train_budget)
+        self.policy.take_action_bounds(dataset.action_bounds)
         records: list[dict[str, float]] = []
 
         def log(record: dict[str, float]) -> None:

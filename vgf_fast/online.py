@@ -58,7 +58,8 @@ class OnlineTraining:
         Args:
             learner: trained offline, or new.
             dataset: the offline transitions; only "online_only" goes without.
-            make_env: makes the environment to act in, with actions in [-1, 1].
+            make_env: makes the environment to act in. The policy's [-1, 1] is rescaled to the bounds of its actions,
+                and a policy without ``action_bounds`` keeps the data's, else these.
             style: "one_buffer", "half_and_half" or "online_only".
             warm_up: steps before the first update.
             updates_per_step: updates after each later step.
@@ -85,7 +86,10 @@ class OnlineTraining:
                 found, expected = getattr(dataset, name), getattr(config, name)
                 if found != expected:
                     raise ValueError(f"the dataset's {name} is {found}, expected {expected}: the policy's")
-        check_environment(learner.policy, make_env)
+            learner.policy.take_action_bounds(dataset.action_bounds)
+        self.bounds = check_environment(learner.policy, make_env)  # of the environment's actions
+        if learner.policy.action_bounds is None and not self.bounds.is_unit:
+            learner.policy.take_action_bounds(self.bounds)
         self.learner = learner
         self.dataset = dataset
         self.style = style
@@ -117,11 +121,18 @@ class OnlineTraining:
             self.episodes += 1
             self._return = 0.0
         before = self._observation
-        action = self.learner.policy.sample_actions(before, generator=self.generator).cpu().numpy()
+        action = self.learner.policy.sample_actions(before, generator=self.generator).cpu().double().numpy()
+        action = self.bounds.to_environment(action)
         outcome = self._simulator.step(action)
         reward = self.reward_scale * outcome.reward + self.reward_shift
         # A time limit ends the episode and not the task: the value of what came next is bootstrapped.
-        self.buffer.add(before, action, outcome.observation, reward, 0.0 if outcome.terminated else 1.0)
+        self.buffer.add(
+            before,
+            self.bounds.from_environment(action),
+            outcome.observation,
+            reward,
+            0.0 if outcome.terminated else 1.0,
+        )
         self._return += outcome.reward
         self._observation = outcome.observation
         if outcome.done:

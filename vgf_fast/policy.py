@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from vgf_fast import checkpoints, functional, fused, graphs, memory, reference
 from vgf_fast.arrays import as_tensor
-from vgf_fast.config import MAX_SEED, TransportBudget, VGFConfig, config_from_reference, integer
+from vgf_fast.bounds import ActionBounds
+from vgf_fast.config import MAX_SEED, Selection, TransportBudget, VGFConfig, choice, config_from_reference, integer
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache
 from vgf_fast.kernels import ranges
 from vgf_fast.networks import EnsembleMLP, GaussianBehavior, ScoreField, VelocityField
 from vgf_fast.reference import FlowResult, MLPWeights
+from vgf_fast.simulators import spaces_of
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -107,6 +109,25 @@ class VGFPolicy(nn.Module):
             self._generator = torch.Generator(self.device).manual_seed(self.seed)
         return self._generator
 
+    @property
+    def action_bounds(self) -> ActionBounds | None:
+        """What -1 and 1 stand for in the environment's units: ``config.action_low`` and ``action_high``."""
+        if self.config.action_low is None or self.config.action_high is None:
+            return None
+        return ActionBounds(self.config.action_low, self.config.action_high)
+
+    def take_action_bounds(self, bounds: ActionBounds | None) -> None:
+        """Keep in ``config`` the bounds of what the policy learns from, if it has none; None changes nothing.
+
+        Raises ``ValueError`` when it has others: its [-1, 1] would stand for two things.
+        """
+        known = self.action_bounds
+        if bounds is None or (known is not None and known.is_close(bounds)):
+            return
+        if known is not None:
+            raise ValueError(f"the data's actions go from {bounds}, expected from {known}: the policy's action_bounds")
+        self.config = dataclasses.replace(self.config, action_low=bounds.low, action_high=bounds.high)
+
     # --- acting -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -119,8 +140,10 @@ class VGFPolicy(nn.Module):
         *,
         selection: str | None = None,
     ) -> Tensor:
-        """Actions for one observation [O] -> [A] or a batch [B, O] -> [B, A], on the policy's device.
+        """Actions in [-1, 1] for an observation [O] -> [A] or a batch [B, O] -> [B, A], on the policy's device.
 
+        They stay in [-1, 1] whatever the environment's units are; ``predict`` and ``select_action`` return those, and
+        ``action_bounds.to_environment`` translates.
         ``flow_steps`` overrides the number of steps of ``config.test_budget`` (0 is best-of-N), ``selection`` how a
         particle is chosen. ``noise`` [N, A] or [B, N, A] are the standard normal numbers the particles start from; else
         they come from ``generator``, else from the policy's own.
@@ -129,8 +152,11 @@ class VGFPolicy(nn.Module):
         states, single = self._states(observations)
         budget = self._test_budget(flow_steps)
         self.check_memory(len(states), budget)
-        generator = generator or self.generator
-        selection = selection or self.config.selection
+        if generator is None:
+            generator = self.generator
+        elif not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator is {generator!r}, expected a torch.Generator, such as one with manual_seed(0)")
+        selection = self.config.selection if selection is None else choice("selection", selection, get_args(Selection))
         start = self._noise(noise, len(states), single, generator)
         with ranges.span("vgf/act"):
             if fused.runs(self, self.dtype):
@@ -191,27 +217,36 @@ class VGFPolicy(nn.Module):
     ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
         """Stable-Baselines3's signature: observation [O] or [B, O] -> (NumPy action [A] or [B, A], state).
 
+        The action is in the environment's units where the policy knows its bounds (``action_bounds``), else in [-1, 1].
         ``deterministic=True`` starts the particles of every observation from the same numbers and takes the best one:
         equal observations get equal actions. ``state`` is returned as it came: the policy has
         no memory.
         """
         if not deterministic:
-            return self.sample_actions(observation).cpu().numpy(), state
+            return self._in_units(self.sample_actions(observation)).cpu().numpy(), state
         states, single = self._states(observation)
         self.check_memory(len(states), self.config.test_budget)
         fixed = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(self.config.particles, self.config.action_dim, generator=fixed, dtype=torch.float32)
         noise = noise.expand(len(states), -1, -1)
-        action = self.sample_actions(states, noise=noise, selection="max").cpu().numpy()
+        action = self._in_units(self.sample_actions(states, noise=noise, selection="max")).cpu().numpy()
         return action[0] if single else action, state
 
     def select_action(self, observation: Mapping[str, Any] | Tensor | NDArray[Any]) -> Tensor:
-        """LeRobot's: an observation [O] or [B, O], or a dict with it under "observation.state" -> action."""
+        """LeRobot's: an observation [O] or [B, O], or a dict with it under "observation.state" -> action [A] or [B, A].
+
+        The action is in the environment's units where the policy knows its bounds (``action_bounds``), else in [-1, 1].
+        """
         if not isinstance(observation, Mapping):
-            return self.sample_actions(observation)
+            return self._in_units(self.sample_actions(observation))
         if "observation.state" not in observation:
             raise ValueError(f"observation has keys {sorted(observation)}, expected 'observation.state' among them")
-        return self.sample_actions(observation["observation.state"])
+        return self._in_units(self.sample_actions(observation["observation.state"]))
+
+    def _in_units(self, action: Tensor) -> Tensor:
+        """Actions [..., A] in [-1, 1] in the environment's units, if they are known."""
+        bounds = self.action_bounds
+        return action if bounds is None else bounds.to_environment(action)
 
     def reset(self) -> None:
         """LeRobot's, called when an episode begins: the policy has no memory, so nothing changes."""
@@ -303,6 +338,11 @@ class VGFPolicy(nn.Module):
         return tensor.to(dtype)
 
     def _states(self, observations: Tensor | ArrayLike) -> tuple[Tensor, bool]:
+        if isinstance(observations, tuple) and len(observations) == 2 and isinstance(observations[1], Mapping):
+            raise TypeError(
+                "observations is the pair (observation, info) that env.reset() returns, expected the observation "
+                "alone: observation, info = env.reset()"
+            )
         states = self._as_tensor("observations", observations, self.particle_dtype)
         width = self.config.observation_dim
         if states.ndim not in (1, 2) or states.shape[-1] != width:
@@ -351,30 +391,27 @@ class VGFPolicy(nn.Module):
     ) -> VGFPolicy:
         """A new policy for a Gymnasium environment, vector environments too; ``overrides`` are fields of VGFConfig.
 
+        The bounds of the action space are kept with the policy, so that ``predict`` and ``select_action`` act in the
+        environment's units; ``action_low`` and ``action_high`` among the overrides are for a space without bounds.
+
         Raises ``ValueError`` for spaces it cannot act in, saying which wrapper mends it; ``TypeError`` if it is none.
         """
         if not hasattr(env, "observation_space"):
             raise TypeError(f"env is {env!r}, expected a Gymnasium environment, as gymnasium.make gives")
+        spaces = spaces_of(env)
         observation = getattr(env, "single_observation_space", env.observation_space)
-        action = getattr(env, "single_action_space", env.action_space)
-        for name, space, wrapper in (
-            ("observation", observation, "gymnasium.wrappers.FlattenObservation"),
-            ("action", action, "a wrapper with a Box action space"),
-        ):
-            if getattr(space, "shape", None) is None or not hasattr(space, "high"):
-                raise ValueError(f"the {name} space is {space}, expected a Box of vectors: use {wrapper}")
-            if len(space.shape) != 1:
-                raise ValueError(f"the {name} space has shape {space.shape}, expected a vector: use {wrapper}")
         if not np.issubdtype(observation.dtype, np.floating):
             raise ValueError(f"the observation space holds {observation.dtype}, expected floating numbers")
-        if not (np.allclose(action.low, -1.0) and np.allclose(action.high, 1.0)):
-            raise ValueError(
-                f"the action space is [{action.low}, {action.high}], expected [-1, 1]: use "
-                "gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)"
-            )
-        config = VGFConfig.from_dict(
-            {"observation_dim": observation.shape[0], "action_dim": action.shape[0], **overrides}
-        )
+        sizes: dict[str, Any] = {"observation_dim": spaces.observation_dim, "action_dim": len(spaces.action_low)}
+        if "action_low" not in overrides and "action_high" not in overrides:
+            bounds = spaces.bounds
+            if bounds is None:
+                raise ValueError(
+                    f"the action space is [{spaces.action_low}, {spaces.action_high}], expected finite bounds: give "
+                    "action_low and action_high, the range that is meant to be used"
+                )
+            sizes |= {} if bounds.is_unit else {"action_low": bounds.low, "action_high": bounds.high}
+        config = VGFConfig.from_dict({**sizes, **overrides})
         return cls(config, device=device, backend=backend, seed=seed)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:

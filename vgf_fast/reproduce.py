@@ -114,7 +114,10 @@ def reproduce(
     sections = {**sections, "run": dataclasses.asdict(run)}
     _check_settings(out, sections)
     device, dtype = runs.choose_device(run.device), getattr(torch, run.data_precision)
-    task = tasks.load(run.task, run.dataset_dir, env=run.env, url=run.data_url, device=device, dtype=dtype)
+    task = tasks.load(
+        run.task, run.dataset_dir, env=run.env, url=run.data_url, action_low=run.action_low,
+        action_high=run.action_high, device=device, dtype=dtype,
+    )  # fmt: skip
     if task.evaluation.make_env is None:
         raise ValueError(f"{run.task} has no environment to evaluate in: give run.env")
     for line in task.summary.splitlines():

@@ -168,7 +168,9 @@ def open_learner(out: Path, sections: Sections, dataset: Dataset, run: RunConfig
         asked, found = sections["policy"].get(name, getattr(dataset, name)), getattr(dataset, name)
         if asked != found:
             raise ValueError(f"policy.{name} is {asked}, but the data of {run.task} have {found}: another preset?")
-    sizes = {"observation_dim": dataset.observation_dim, "action_dim": dataset.action_dim}
+    sizes: dict[str, Any] = {"observation_dim": dataset.observation_dim, "action_dim": dataset.action_dim}
+    if dataset.action_bounds is not None and sections["policy"].get("action_low") is None:
+        sizes |= {"action_low": dataset.action_bounds.low, "action_high": dataset.action_bounds.high}
     policy, train = VGFConfig.from_dict({**sections["policy"], **sizes}), TrainConfig.from_dict(sections["train"])
     device = str(dataset.device)
     if not (out / CHECKPOINT / LEARNER_FILE).is_file():

@@ -16,6 +16,7 @@ from vgf_fast.config import (
     VGFConfig,
     boolean,
     check_known_keys,
+    checked_bounds,
     choice,
     integer,
     integers,
@@ -35,6 +36,8 @@ class RunConfig:
     dataset_dir: str | None = None  # folder of the task's files; default: where its library looks, with download
     data_url: str | None = None  # folder of a mirror of OGBench's or D4RL's files, to download missing ones from
     env: str | None = None  # Gymnasium environment to evaluate in, instead of the task's own; a file has none
+    action_low: tuple[float, ...] | None = None  # of a file's actions, one number for all or one each; default: env's
+    action_high: tuple[float, ...] | None = None  # likewise; without either, a file's actions are in [-1, 1]
     data_precision: Precision = "float32"  # of the transitions in memory; bfloat16 takes half of it
     steps: int = 1_000_000  # updates in all, those before a resumption included
     log_interval: int = 1_000  # updates between rows of train.csv
@@ -59,6 +62,9 @@ class RunConfig:
         for name, low in {**lows, "checkpoint_interval": 1}.items():
             found[name] = integer(f"run.{name}", getattr(self, name), low)
         found["eval_flow_steps"] = integers("run.eval_flow_steps", self.eval_flow_steps, 0)
+        if self.action_low is not None or self.action_high is not None:
+            ends = checked_bounds("run", ("action_low", "action_high"), self.action_low, self.action_high)
+            found |= {"action_low": ends[0], "action_high": ends[1]}
         for name in ("eval_behavior_cloning", "tensorboard"):
             found[name] = boolean(f"run.{name}", getattr(self, name))
         choices = {"eval_workers": Workers, "backend": Backend, "data_precision": Precision}

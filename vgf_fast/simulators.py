@@ -16,7 +16,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
+from vgf_fast.bounds import ActionBounds
+
 Workers = Literal["sync", "async"]
+SUCCESS = ("success", "is_success")  # where an environment's info may say so
 CLOSE_SECONDS = 5.0  # how long a worker may take to end by itself
 
 
@@ -33,7 +36,7 @@ class EpisodeSeed(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a step led to; ``success`` is None where the environment's info has no "success"."""
+    """What a step led to; ``success`` is None where the environment's info has neither "success" nor "is_success"."""
 
     observation: np.ndarray  # [O]
     reward: float
@@ -48,6 +51,43 @@ class Spaces(NamedTuple):
     observation_dim: int
     action_low: np.ndarray  # [A]
     action_high: np.ndarray  # [A]
+
+    @property
+    def bounds(self) -> ActionBounds | None:
+        """Of the actions; None where one is infinite."""
+        if not np.isfinite([self.action_low, self.action_high]).all():
+            return None
+        return ActionBounds(tuple(self.action_low.tolist()), tuple(self.action_high.tolist()))
+
+
+def spaces_of(env: Any, observation: Any = None, action: Any = None) -> Spaces:
+    """Sizes and bounds of an environment, of a vector environment those of one of its environments.
+
+    ``observation`` and ``action`` are its spaces, where they were read before. Raises ``ValueError`` for spaces that
+    are no boxes of vectors and for actions that are no real numbers, naming what mends it.
+    """
+    is_vector = hasattr(env, "single_action_space")
+    prefix, wrappers = ("single_", "gymnasium.wrappers.vector") if is_vector else ("", "gymnasium.wrappers")
+    observation = getattr(env, f"{prefix}observation_space") if observation is None else observation
+    action = getattr(env, f"{prefix}action_space") if action is None else action
+    for name, space, mend in (
+        ("observation", observation, f"use {wrappers}.FlattenObservation"),
+        ("action", action, f"use a wrapper with a Box action space, such as one made by {wrappers}.TransformAction"),
+    ):
+        if not hasattr(space, "high") or len(space.shape) != 1:
+            raise ValueError(f"the {name} space is {space}, expected a Box of vectors: {mend}")
+    if not np.issubdtype(action.dtype, np.floating):
+        raise ValueError(f"the action space holds {action.dtype}, expected floating numbers")
+    return Spaces(observation.shape[0], action.low.copy(), action.high.copy())
+
+
+def read_spaces(make_env: Callable[[], Any]) -> Spaces:
+    """Make an environment, read its sizes and bounds as ``spaces_of``, and close it."""
+    simulators = make_simulators(make_env, 1, "sync")
+    try:
+        return simulators.spaces
+    finally:
+        simulators.close()
 
 
 class Simulator:
@@ -74,6 +114,11 @@ class Simulator:
             for name in ("reset", "step", "observation_space", "action_space"):
                 if not hasattr(self.env, name):
                     raise TypeError(f"make_env returned a {type(self.env).__name__}, expected a gymnasium.Env")
+            if hasattr(self.env, "single_action_space"):
+                raise TypeError(
+                    f"make_env returned a vector environment, {type(self.env).__name__}, expected a single one: "
+                    "several are made and stepped side by side here (num_envs)"
+                )
             self._observation_space, self._action_space = self.env.observation_space, self.env.action_space
 
     @contextlib.contextmanager
@@ -95,16 +140,8 @@ class Simulator:
             raise EvaluationError(f"the environment failed in {what} {self._episode}: {cause}") from error
 
     def spaces(self) -> Spaces:
-        """Sizes and bounds. Raises ``ValueError`` for spaces that are not boxes of vectors, naming what to use."""
-        wrappers = (
-            ("observation", self._observation_space, "gymnasium.wrappers.FlattenObservation"),
-            ("action", self._action_space, "a wrapper with a Box space"),
-        )
-        for name, space, wrapper in wrappers:
-            if not hasattr(space, "high") or len(space.shape) != 1:
-                raise ValueError(f"the {name} space is {space}, expected a Box of vectors: use {wrapper}")
-        action = self._action_space
-        return Spaces(self._observation_space.shape[0], action.low.copy(), action.high.copy())
+        """Sizes and bounds; errors as ``spaces_of``'s."""
+        return spaces_of(self.env, self._observation_space, self._action_space)
 
     def reset(self, seed: EpisodeSeed) -> np.ndarray:
         """Begin an episode that is a function of the seed and the actions; returns its first observation [O]."""
@@ -120,14 +157,15 @@ class Simulator:
             return self._vector(observation)
 
     def step(self, action: np.ndarray) -> Outcome:
-        """One step with an action [A], clipped to the action space."""
+        """One step with an action [A] in the environment's units."""
         self._steps += 1
-        space = self._action_space
         with self._blamed(f"step {self._steps}"):
-            clipped = np.clip(action, space.low, space.high).astype(space.dtype)
-            observation, reward, terminated, truncated, info = self.env.step(clipped)
-            success = bool(info["success"]) if "success" in info else None
+            observation, reward, terminated, truncated, info = self.env.step(action.astype(self._action_space.dtype))
+            told = [bool(info[name]) for name in SUCCESS if name in info]
             done = bool(terminated or truncated)
+            if not np.isfinite(reward):
+                raise ValueError(f"reward is {reward}, expected a finite number")
+            success = any(told) if told else None
             return Outcome(self._vector(observation), float(reward), done, success, bool(terminated))
 
     def _vector(self, observation: Any) -> np.ndarray:

@@ -9,17 +9,20 @@ import numpy as np
 import torch
 
 from vgf_fast.arrays import as_tensor
+from vgf_fast.bounds import TOLERANCE, ActionBounds
 from vgf_fast.memory import check_fits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import ArrayLike
 
 Array: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
 
 # What transitions are stored in.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Rounding of a simulator's float32 actions; anything further outside [-1, 1] is another action scale, not rounding.
-ACTION_TOLERANCE = 1e-5
+ACTION_TOLERANCE = TOLERANCE
 # The public release keeps actions this far inside the bounds of the box.
 ACTION_CLIP = 1.0 - 1e-5
 
@@ -57,9 +60,17 @@ class Dataset:
         observations [M, O], actions [M, A], next_observations [M, O], rewards [M], masks [M], all of `dtype`.
         masks: 1 where the value of the next state is bootstrapped, 0 where it is not.
         terminals [M]: bool, true on the last transition of each trajectory.
+        action_bounds: what -1 and 1 stand for in the units the actions were given in; None: not known, or the same.
     """
 
-    def __init__(self, storage: torch.Tensor, terminals: torch.Tensor, observation_dim: int, action_dim: int) -> None:
+    def __init__(
+        self,
+        storage: torch.Tensor,
+        terminals: torch.Tensor,
+        observation_dim: int,
+        action_dim: int,
+        action_bounds: ActionBounds | None = None,
+    ) -> None:
         """Wrap checked storage; use `from_arrays`, which checks.
 
         Args:
@@ -67,11 +78,13 @@ class Dataset:
             terminals: [M], bool, on the same device.
             observation_dim: O.
             action_dim: A.
+            action_bounds: of the units in which the actions, in [-1, 1] here, were given.
         """
         self._storage = storage
         self._observation_dim = observation_dim
         self._action_dim = action_dim
         self.terminals = terminals
+        self.action_bounds = action_bounds
         fields = self._split(storage)
         self.observations = fields["observations"]
         self.actions = fields["actions"]
@@ -92,12 +105,14 @@ class Dataset:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         action_clip: float = ACTION_CLIP,
+        action_bounds: ActionBounds | tuple[ArrayLike, ArrayLike] | None = None,
     ) -> Dataset:
         """Check the arrays, clip the actions and move everything to `device` as `dtype`.
 
         Args:
             observations: [M, O], floating point, NumPy or torch.
-            actions: [M, A], floating point, in [-1, 1] up to 1e-5; then clipped to [-action_clip, action_clip].
+            actions: [M, A], floating point, in [-1, 1] up to 1e-5, or within action_bounds and rescaled from there;
+                then clipped to [-action_clip, action_clip].
             next_observations: [M, O], floating point.
             rewards: [M], any real dtype.
             masks: [M], any real dtype or bool, in [0, 1]; 1 bootstraps.
@@ -106,6 +121,8 @@ class Dataset:
             device: default is the CPU.
             dtype: a floating dtype of torch.
             action_clip: in (0, 1].
+            action_bounds: (low, high) of the actions in their own units, each [A] or one number for all; the policy
+                that learns from the data set keeps them.
 
         Raises:
             TypeError: a field that is not an array, or of the wrong kind (integer or image observations), or a `dtype`
@@ -142,6 +159,10 @@ class Dataset:
             )
         check_widths(observation_dim, action_dim)
 
+        bounds = None if action_bounds is None else ActionBounds.of(action_bounds, action_dim)
+        if bounds is not None:
+            fields["actions"] = bounds.from_environment(fields["actions"])
+
         done = fields.pop("terminals", None)
         if done is None:
             ends = trajectory_ends(fields["observations"], fields["next_observations"])
@@ -150,7 +171,7 @@ class Dataset:
             ends = done.bool()
 
         storage = allocate(size, 2 * observation_dim + action_dim + 2, dtype, place)
-        dataset = cls(storage, ends.to(storage.device), observation_dim, action_dim)
+        dataset = cls(storage, ends.to(storage.device), observation_dim, action_dim, bounds)
         for name, field in fields.items():
             target: torch.Tensor = getattr(dataset, name)
             check_column(name, field, target.copy_(field))
@@ -225,7 +246,8 @@ class Dataset:
         if (place, dtype) == (self.device, self.dtype):
             return self
         storage = allocate(self.size, self._storage.shape[1], dtype, place).copy_(self._storage)
-        moved = Dataset(storage, self.terminals.to(place), self._observation_dim, self._action_dim)
+        terminals = self.terminals.to(place)
+        moved = Dataset(storage, terminals, self._observation_dim, self._action_dim, self.action_bounds)
         if dtype != self.dtype:
             for name, field in self._split(self._storage).items():
                 check_column(name, field, getattr(moved, name))
@@ -352,7 +374,7 @@ def check_column(name: str, given: torch.Tensor, stored: torch.Tensor, first_row
     """
     _check_rows(name, given, torch.isfinite(stored), f"expected finite numbers in {stored.dtype}", first_row)
     if name == "actions":
-        expected = f"expected in [-1, 1]: rescale the actions, they are not clipped by more than {ACTION_TOLERANCE:g}"
+        expected = "expected in [-1, 1]: rescale the actions, or give action_bounds (--action-low, --action-high)"
         _check_rows(name, given, given.abs() <= 1.0 + ACTION_TOLERANCE, expected, first_row)
     if name == "masks":
         _check_rows(name, given, (stored >= 0) & (stored <= 1), "expected in [0, 1]", first_row)

@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from vgf_fast import checkpoints
 from vgf_fast.arrays import as_tensor
+from vgf_fast.bounds import ActionBounds
 from vgf_fast.data.dataset import (
     ACTION_CLIP,
     Dataset,
@@ -255,6 +257,7 @@ def load(
     action_clip: float = ACTION_CLIP,
     memory_share: float = MEMORY_SHARE,
     cache_dir: str | os.PathLike[str] | None = None,
+    action_bounds: ActionBounds | tuple[ArrayLike, ArrayLike] | None = None,
     progress: bool = True,
 ) -> Dataset:
     """Load transitions of your own; their checks are those of ``Dataset.from_arrays``.
@@ -271,12 +274,13 @@ def load(
         action_clip: as in ``Dataset.from_arrays``.
         memory_share: in [0, 1]; 0 maps whatever the size.
         cache_dir: folder of the mapped file; default is the folder of ``path``.
+        action_bounds: (low, high) of the actions in their own units, as in ``Dataset.from_arrays``.
         progress: whether a bar is shown on a terminal.
 
     Raises:
         FileNotFoundError: no file. ImportError: h5py or pyarrow is missing.
-        ValueError: a damaged file, missing fields, unequal lengths, integers or images, NaN, actions outside [-1, 1];
-            the message names file, field and row. A device that is not there or too small.
+        ValueError: a damaged file, missing fields, unequal lengths, integers or images, NaN, actions outside their
+            bounds; the message names file, field and row. A device that is not there or too small.
         OSError: the file cannot be read, or the mapped one cannot be written: the disk is full, the folder read-only.
     """
     source = open_source(path, observation_keys)
@@ -287,19 +291,21 @@ def load(
         raise ValueError(f"action_clip is {action_clip}, expected in (0, 1]")
     columns = _checked_columns(source)
     rows, widths = columns["observations"].rows, (columns["observations"].width or 0, columns["actions"].width or 0)
+    with named(source.path):
+        bounds = None if action_bounds is None else ActionBounds.of(action_bounds, widths[1])
     shape = (rows, 2 * widths[0] + widths[1] + 2)
     size = shape[0] * shape[1] * dtype.itemsize
     memory = total_memory()
     if place.type != "cpu" or memory is None or size <= memory_share * memory:
-        dataset = Dataset(allocate(*shape, dtype, place), _no_ends(rows, place), *widths)
+        dataset = Dataset(allocate(*shape, dtype, place), _no_ends(rows, place), *widths, bounds)
         _fill(source, columns, dataset, action_clip, progress)
     else:
         folder = source.path.parent if cache_dir is None else Path(cache_dir).expanduser()
-        file = folder / f"{source.path.name}.{_key(source, dtype, action_clip)}{MAPPED_SUFFIX}"
+        file = folder / f"{source.path.name}.{_key(source, dtype, action_clip, bounds)}{MAPPED_SUFFIX}"
         if not _is_whole(file, size):
-            _write_mapped(source, columns, file, shape, widths, dtype, action_clip, progress)
+            _write_mapped(source, columns, file, shape, widths, bounds, dtype, action_clip, progress)
         # Private pages: nobody can write to the file by way of a batch.
-        dataset = Dataset(_mapped(file, shape, dtype, shared=False), _no_ends(rows, place), *widths)
+        dataset = Dataset(_mapped(file, shape, dtype, shared=False), _no_ends(rows, place), *widths, bounds)
     dataset.terminals = _ends(source, columns, dataset)
     return dataset
 
@@ -325,10 +331,18 @@ def _checked_columns(source: Source) -> dict[str, Column]:
     return columns
 
 
-def _key(source: Source, dtype: torch.dtype, action_clip: float) -> str:
+def _key(source: Source, dtype: torch.dtype, action_clip: float, bounds: ActionBounds | None) -> str:
     """What a mapped file is found again by: where its source lies and what it holds, and what was made of it."""
     status = source.path.stat()
-    about = (str(source.path.resolve()), status.st_size, status.st_mtime_ns, str(dtype), action_clip, source.keys)
+    about = (
+        str(source.path.resolve()),
+        status.st_size,
+        status.st_mtime_ns,
+        str(dtype),
+        action_clip,
+        source.keys,
+        bounds,
+    )
     digest = hashlib.blake2b(repr(about).encode(), digest_size=12)
     with reading(source.path), source.path.open("rb") as file:
         # Evenly spaced, the first and the last bytes among them: the last ones of .npz are its checksums.
@@ -345,6 +359,7 @@ def _write_mapped(
     file: Path,
     shape: tuple[int, int],
     widths: tuple[int, int],
+    bounds: ActionBounds | None,
     dtype: torch.dtype,
     action_clip: float,
     progress: bool,
@@ -363,7 +378,8 @@ def _write_mapped(
                 reserve(out, size)
         except OSError as error:
             raise _no_room(error, source.path, file.parent, size) from error
-        dataset = Dataset(_mapped(part, shape, dtype, shared=True), _no_ends(shape[0], torch.device("cpu")), *widths)
+        ends = _no_ends(shape[0], torch.device("cpu"))
+        dataset = Dataset(_mapped(part, shape, dtype, shared=True), ends, *widths, bounds)
         _fill(source, columns, dataset, action_clip, progress)
 
 
@@ -406,6 +422,8 @@ def _fill(source: Source, columns: Mapping[str, Column], dataset: Dataset, actio
                     part = part.flatten() if columns[name].width is None else part
                     if part.shape[1:] != target.shape[1:] or start + len(part) > size:
                         raise ValueError(f"{name} has shape {tuple(part.shape)} in row {start}, unlike the rows before")
+                    if name == "actions" and dataset.action_bounds is not None:
+                        part = dataset.action_bounds.from_environment(part, start)
                     check_column(name, part, target[start : start + len(part)].copy_(part), start)
                 start += len(part)
                 advance(len(part))

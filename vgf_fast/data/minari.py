@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from vgf_fast.bounds import ActionBounds
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.data.reading import named, reading
 from vgf_fast.data.writing import waiting_for
@@ -21,9 +22,9 @@ class MinariData(NamedTuple):
     """A data set.
 
     Attributes:
-        train: the transitions, actions rescaled to [-1, 1].
+        train: the transitions, actions rescaled to [-1, 1]; ``train.action_bounds`` has what from, if it is another.
         name: the data set's identifier.
-        make_env: makes the environment it recovers, with flat observations and actions in [-1, 1]; None without one.
+        make_env: makes the environment it recovers, with flat observations and its own actions; None without one.
         score: (low, high), the returns that are normalised to 0 and 100; None where it has no reference scores.
     """
 
@@ -60,7 +61,7 @@ def load(
     """
     found = _open(dataset, dataset_dir)
     name = found.spec.dataset_id
-    low, high = _action_bounds(name, found.action_space)
+    bounds = _action_bounds(name, found.action_space)
     _check_observations(name, found.observation_space)
     parts: dict[str, list[np.ndarray]] = {
         field: [] for field in ("observations", "actions", "next_observations", "rewards", "masks", "terminals")
@@ -84,22 +85,19 @@ def load(
         if steps == 0:
             continue
         actions = actions.reshape(steps, -1)
-        scaled = 2.0 * (actions - low) / (high - low) - 1.0
         for field, array in (("observations", observations), ("actions", actions), ("rewards", rewards)):
             if not np.isfinite(array).all():
                 row = int(np.argwhere(~np.isfinite(array))[0][0])
                 raise ValueError(f"{where}: {field} has NaN or infinity in step {row}, expected finite numbers")
-        outside = (np.abs(scaled) > 1.0 + 1e-5).any(axis=1)
-        if outside.any():
-            row = int(outside.argmax())
-            raise ValueError(
-                f"{where}: the action in step {row} is {actions[row].tolist()}, expected within {found.action_space}"
-            )
+        try:
+            bounds.from_environment(actions)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         ends = np.zeros(steps, bool)
         ends[-1] = True
         parts["observations"].append(observations[:-1])
         parts["next_observations"].append(observations[1:])
-        parts["actions"].append(scaled)
+        parts["actions"].append(actions)
         parts["rewards"].append(rewards)
         parts["masks"].append(1.0 - np.asarray(episode.terminations, np.float64))
         parts["terminals"].append(ends)
@@ -107,7 +105,8 @@ def load(
         raise ValueError(f"{name} holds no transitions: {found.total_episodes} episodes, expected one with a step")
     arrays: dict[str, Any] = {field: np.concatenate(arrays) for field, arrays in parts.items()}
     with named(name):
-        train = Dataset.from_arrays(**arrays, device=device, dtype=dtype)
+        own = None if bounds.is_unit else bounds
+        train = Dataset.from_arrays(**arrays, action_bounds=own, device=device, dtype=dtype)
     return MinariData(train, name, _make_env(found), _score(found))
 
 
@@ -168,16 +167,15 @@ def _episodes(found: Any) -> Iterator[Any]:
         yield episode
 
 
-def _action_bounds(name: str, space: Any) -> tuple[np.ndarray, np.ndarray]:
+def _action_bounds(name: str, space: Any) -> ActionBounds:
     if not hasattr(space, "high") or len(space.shape) != 1 or space.dtype.kind != "f":
         raise ValueError(
             f"{name} has the action space {space}: not supported, because the policy's actions are vectors of real "
             "numbers, expected a Box of them"
         )
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    if not np.isfinite(low).all() or not np.isfinite(high).all() or (high <= low).any():
+    if not np.isfinite([space.low, space.high]).all():
         raise ValueError(f"{name} has the action space {space}, expected finite bounds, which actions are rescaled by")
-    return low, high
+    return ActionBounds(space.low, space.high)
 
 
 def _check_observations(name: str, space: Any) -> None:
@@ -215,9 +213,6 @@ def _make_env(found: Any) -> Callable[[], Any] | None:
             environment = found.recover_environment(eval_env=True)
         if isinstance(environment.observation_space, (gymnasium.spaces.Dict, gymnasium.spaces.Tuple)):
             environment = gymnasium.wrappers.FlattenObservation(environment)
-        space = environment.action_space
-        if (space.low != -1.0).any() or (space.high != 1.0).any():
-            environment = gymnasium.wrappers.RescaleAction(environment, np.float32(-1.0), np.float32(1.0))
         return environment
 
     return make

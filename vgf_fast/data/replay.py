@@ -8,7 +8,7 @@ import torch
 
 from vgf_fast.arrays import as_tensor
 from vgf_fast.config import integer
-from vgf_fast.data.dataset import ACTION_CLIP, Dataset, allocate, check_storage
+from vgf_fast.data.dataset import ACTION_CLIP, ACTION_TOLERANCE, Dataset, allocate, check_storage
 
 
 class ReplayBuffer:
@@ -65,10 +65,11 @@ class ReplayBuffer:
         return self._storage.device
 
     def add(self, observation: Any, action: Any, next_observation: Any, reward: float, mask: float) -> None:
-        """Add a transition: observation and next_observation [O], action [A] (clipped to +-(1 - 1e-5)), mask in [0, 1].
+        """Add a transition: observation and next_observation [O], action [A] in [-1, 1], mask in [0, 1].
 
-        Raises ``ValueError`` for wrong lengths, for what is NaN or infinite in the buffer's dtype, and for another
-        mask; ``TypeError`` for what is not numbers. Then nothing was added.
+        The action is kept in [-(1 - 1e-5), 1 - 1e-5], as a data set's. Raises ``ValueError`` for wrong lengths, for
+        what is NaN or infinite in the buffer's dtype, and for another action or mask; ``TypeError`` for what is not
+        numbers. Then nothing was added.
         """
         o, a = self._rows.observation_dim, self._rows.action_dim
         parts = {
@@ -85,6 +86,10 @@ class ReplayBuffer:
             stored = value.flatten().to("cpu", self._storage.dtype)
             if not bool(stored.isfinite().all()):
                 raise ValueError(f"{name} has NaN or infinity in {stored.dtype}, expected finite numbers")
+            if name == "action" and value.abs().max() > 1.0 + ACTION_TOLERANCE:
+                raise ValueError(
+                    f"action is {value.tolist()}, expected in [-1, 1]: rescale it by vgf_fast.bounds.ActionBounds"
+                )
             values.append(stored.clamp(-ACTION_CLIP, ACTION_CLIP) if name == "action" else stored)
         if not 0 <= values[-1].item() <= 1:
             raise ValueError(f"mask is {values[-1].item():.7g}, expected in [0, 1]")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from vgf_fast.bounds import ActionBounds
 from vgf_fast.data import d4rl, files, minari, ogbench
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.evaluation import Score
+from vgf_fast.simulators import read_spaces
 
 D4RL, MINARI = "d4rl/", "minari/"
 
@@ -54,6 +56,8 @@ def load(
     *,
     env: str | None = None,
     url: str | None = None,
+    action_low: Sequence[float] | None = None,
+    action_high: Sequence[float] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Task:
@@ -66,6 +70,8 @@ def load(
         dataset_dir: folder of the task's files, or a file; default is where the task's own library looks.
         env: Gymnasium environment to evaluate in, instead of the task's own; a file has none of its own.
         url: address of a folder, such as a mirror's, from which missing files of OGBench and D4RL are downloaded.
+        action_low, action_high: bounds of the actions of a file, one number for all or one each; default are those of
+            ``env``, and [-1, 1] without one.
         device, dtype: of the transitions; the default device is the CPU.
 
     Raises ``ValueError`` for an unknown name, and what the loaders raise.
@@ -75,6 +81,8 @@ def load(
         raise ValueError(
             f"url is {url!r}, expected none for {name}: it is for OGBench and D4RL; Minari has MINARI_REMOTE"
         )
+    if (action_low, action_high) != (None, None) and not is_file(name):
+        raise ValueError(f"action_low is {action_low!r}, expected none for {name}: its own bounds are known")
     if name.startswith(D4RL):
         task = name.removeprefix(D4RL)
         address = None if url is None else f"{url.rstrip('/')}/{d4rl.file_name(task)}"
@@ -87,13 +95,32 @@ def load(
         train = minari.load(name.removeprefix(MINARI), dataset_dir, device=device, dtype=dtype).train
         return Task(name, train, evaluation, ogbench.counts(train, name))
     if is_file(name):
-        train = files.load(name, device=device, dtype=dtype, cache_dir=dataset_dir)
-        return Task(name, train, evaluation, ogbench.counts(train, name))
+        bounds = _file_bounds(evaluation.make_env, action_low, action_high)
+        train = files.load(name, device=device, dtype=dtype, cache_dir=dataset_dir, action_bounds=bounds)
+        summary = ogbench.counts(train, name)
+        if train.action_bounds is not None:
+            whose = f"the bounds of {env}" if action_low is None else "their bounds"
+            summary += f"\n  actions are rescaled from {whose}, {train.action_bounds}, to [-1, 1]"
+        return Task(name, train, evaluation, summary)
     train = ogbench.load(name, dataset_dir, url=url, device=device, dtype=dtype).train
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         summary = ogbench.summary(train, name)
     return Task(name, train, evaluation, "\n".join([summary, *(f"warning: {one.message}" for one in caught)]))
+
+
+def _file_bounds(
+    make_env: Callable[[], Any] | None, low: Sequence[float] | None, high: Sequence[float] | None
+) -> ActionBounds | tuple[Sequence[float], Sequence[float]] | None:
+    """Bounds of a file's actions: those given, else the environment's, unless these are [-1, 1] or infinite."""
+    if low is not None or high is not None:
+        if low is None or high is None:
+            raise ValueError(f"action_low is {low!r} and action_high is {high!r}, expected both or none")
+        return low, high
+    if make_env is None:
+        return None
+    bounds = read_spaces(make_env).bounds
+    return None if bounds is None or bounds.is_unit else bounds
 
 
 def environment(name: str, dataset_dir: str | os.PathLike[str] | None = None, *, env: str | None = None) -> Evaluation:
