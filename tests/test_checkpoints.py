@@ -77,6 +77,42 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(path):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_what_is_not_finite_replaces_nothing(path):
+    before = path.read_bytes()
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ArithmeticError, match=r"x\.safetensors was not written: a has values that are not finite"):
+            checkpoints.save_tensors(path, "policy", {**TENSORS, "a": torch.full((2, 3), value)}, HEADER)
+    assert path.read_bytes() == before
+
+
+def test_two_writers_leave_each_other_alone(path):
+    with checkpoints.replacing(path) as first:
+        first.write_text("first")
+        with checkpoints.replacing(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+        assert first.read_text() == "first"
+    assert path.read_text() == "first"
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_file_that_cannot_be_read_is_not_damaged(path, monkeypatch):
+    def denied(self, *arguments):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(path), "open", denied)
+    with pytest.raises(PermissionError, match=r"Permission denied: .*x\.safetensors"):
+        checkpoints.load_tensors(path, "policy")
+
+
+@pytest.mark.parametrize("text", ["null", "[1]", "3", "{", "[" * 100_000])
+def test_a_file_of_settings_that_holds_none_is_told(path, text):
+    file = path.with_name("config.json")
+    file.write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json (holds|is not JSON)"):
+        checkpoints.read_object(file)
+
+
 @pytest.mark.parametrize("moment", ["write", "os.fsync", "os.replace"])
 def test_a_kill_while_writing_leaves_the_old_file(path, moment):
     """The process dies by SIGKILL at each stage; what it left behind goes with the next write."""

@@ -236,8 +236,8 @@ def test_a_signal_saves_and_the_run_goes_on(data, finished, tmp_path, monkeypatc
     step = vgf.Learner.resume(out / "checkpoint").step
     # Between updates, within half a second.
     assert step in ((7, 8) if place == "update" else (6,))
-    told = f"{number}: saved after {step} of 12 updates; go on with: vgf-fast train --out {out} --resume\n"
-    assert capsys.readouterr().err == told
+    told = f"{number}: stopping; a second one stops at once\n{number}: saved after {step} of 12 updates; go on with: "
+    assert capsys.readouterr().err == f"{told}vgf-fast train --out {out} --resume\n"
     # Nothing but the directory is needed.
     assert main(["train", "--out", str(out), "--resume"]) == 0
     assert contents(out) == contents(finished)

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,6 +127,11 @@ def test_a_single_particle_has_no_variance():
         ({"next_observations": torch.full((8, 4), float("nan"))}, ValueError, "'next_observations'.* row 0"),
         ({"rewards": torch.tensor([0, 0, 0, float("inf"), 0, 0, 0, 0])}, ValueError, "'rewards'.* row 3"),
         ({"actions": torch.full((8, 2), 1.5)}, ValueError, r"leaves \[-1, 1\] in row 0"),
+        ({"masks": torch.tensor([0, 1, 5.0, 0, 0, 0, 0, 0])}, ValueError, r"'masks'\] leaves \[0, 1\] in row 2: 5.0"),
+        ({"masks": torch.tensor([0, 1, 1, -1.0, 0, 0, 0, 0])}, ValueError, r"'masks'\] leaves \[0, 1\] in row 3: -1.0"),
+        ({"rewards": np.ma.masked_greater(np.arange(8.0), 6)}, ValueError, r"'rewards'\] has 1 masked entries"),
+        # Finite, but not in the precision that the update has.
+        ({"rewards": torch.full((8,), 1e300, dtype=torch.float64)}, ValueError, "'rewards'.* infinity in row 0"),
     ],
 )
 def test_bad_batches_change_nothing(change, error, message):
@@ -137,8 +143,29 @@ def test_bad_batches_change_nothing(change, error, message):
     assert_same_state(learner, untouched)
 
 
+def test_arrays_of_any_strides_and_byte_order_are_batches():
+    batch = make_batch()
+    ours, theirs = (vgf.Learner(vgf.VGFPolicy(CONFIG), TRAIN) for _ in range(2))
+    ours.update(batch)
+    arrays = {name: field.numpy()[::-1].copy()[::-1] for name, field in batch.items()}
+    theirs.update({**arrays, "rewards": batch["rewards"].numpy().astype(">f4")})
+    assert_same_state(ours, theirs)
+
+
 def test_bad_noise_and_bad_policies():
     learner = vgf.Learner(vgf.VGFPolicy(CONFIG), TRAIN)
+    noise = {"particles": torch.randn(8, 5, 2), "bc_x0": torch.randn(8, 2), "bc_t": torch.rand(8, 1)}
+    for name, value, message in (
+        ("particles", float("nan"), r"noise\['particles'\] has NaN or infinity in row 0"),
+        ("bc_x0", float("inf"), r"noise\['bc_x0'\] has NaN or infinity in row 0"),
+        ("bc_t", 2.0, r"noise\['bc_t'\] leaves \[0, 1\] in row 0: \[2.0\]"),
+    ):
+        wrong = {**noise, name: torch.full_like(noise[name], value)}
+        with pytest.raises(ValueError, match=message):
+            learner.update(make_batch(), wrong)
+    assert_same_state(learner, vgf.Learner(vgf.VGFPolicy(CONFIG), TRAIN))
+    learner.update(make_batch(), wrong, check=False)
+    assert learner.step == 1
     with pytest.raises(ValueError, match="noise lacks bc_x0, bc_t"):
         learner.update(make_batch(), {"particles": torch.randn(8, 5, 2)})
     with pytest.raises(ValueError, match="TrainConfig\\(precision='bfloat16'\\)"):
@@ -211,6 +238,46 @@ def test_ctrl_c_in_the_middle_of_an_update_takes_effect_after_it(tmp_path, monke
     monkeypatch.undo()
     untouched.fit(make_dataset(), 3, progress=False)
     assert_same_state(vgf.Learner.resume(tmp_path), untouched)
+
+
+def test_a_second_ctrl_c_does_not_wait_and_saves_nothing_torn(tmp_path, monkeypatch):
+    learner = vgf.Learner(vgf.VGFPolicy(CONFIG), TRAIN)
+    polyak = reference.polyak_
+
+    def interrupted(*arguments):
+        polyak(*arguments)
+        if learner.step == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(reference, "polyak_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learner.fit(make_dataset(), 9, checkpoint_dir=tmp_path, checkpoint_interval=2, progress=False)
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    untouched = vgf.Learner(vgf.VGFPolicy(CONFIG), TRAIN)
+    untouched.fit(make_dataset(), 2, progress=False)
+    assert_same_state(vgf.Learner.resume(tmp_path), untouched)
+
+
+@pytest.mark.parametrize(("log_interval", "checkpoint_interval"), [(1, 1), (1000, 1), (1, 1000)])
+def test_divergence_is_an_error_and_leaves_the_last_checkpoint(tmp_path, log_interval, checkpoint_interval):
+    sound = vgf.Learner(vgf.VGFPolicy(CONFIG), TRAIN)
+    sound.fit(make_dataset(), 2, checkpoint_dir=tmp_path, progress=False)
+    learner = vgf.Learner(vgf.VGFPolicy(CONFIG), dataclasses.replace(TRAIN, critic_learning_rate=1e30))
+    with pytest.raises(ArithmeticError, match=r"training diverged: in update \d+ critic_loss is (nan|inf)"):
+        learner.fit(
+            make_dataset(), 50, log_interval=log_interval, checkpoint_dir=tmp_path,
+            checkpoint_interval=checkpoint_interval, progress=False,
+        )  # fmt: skip
+    kept = vgf.Learner.resume(tmp_path)
+    assert all(torch.isfinite(one).all() for one in kept.policy.parameters())
+    with torch.no_grad():
+        next(sound.policy.behavior.parameters()).fill_(float("nan"))
+    whole = (tmp_path / "learner.safetensors").read_bytes()
+    with pytest.raises(ArithmeticError, match=r"learner\.safetensors was not written: policy/behavior"):
+        sound.save(tmp_path)
+    assert (tmp_path / "learner.safetensors").read_bytes() == whole
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):

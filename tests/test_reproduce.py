@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("ogbench")
 pytest.importorskip("tyro")
-from vgf_fast import cli, reproduce
+from vgf_fast import interrupts, reproduce
 from vgf_fast.data.generate import generate
 from vgf_fast.presets import PaperScore, preset
 from vgf_fast.settings import layered
@@ -118,7 +118,7 @@ def test_killed_and_called_again_it_is_the_same_table(whole, data, tmp_path, sen
     assert begun.exists(), errors
     assert not (out / reproduce.SUMMARY).exists()
     if sent == signal.SIGINT:
-        assert process.returncode == cli.INTERRUPTED
+        assert process.returncode == interrupts.INTERRUPTED
         assert f"go on with: the same vgf-fast reproduce --out {out}" in errors
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

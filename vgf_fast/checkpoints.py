@@ -6,9 +6,11 @@ A checkpoint is one safetensors file whose metadata holds the configuration as J
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,8 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vgf_fast import locks
+
 _FORMAT = "vgf_fast"
 _FORMAT_VERSION = 1
+_PARTIAL = ".partial"  # ends the names of folders of files that are being written
 
 
 class CheckpointError(ValueError):
@@ -29,33 +34,70 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is flushed to disk and renamed to ``path``, else removed.
+    """Yield a temporary path; on success its file is flushed to disk and renamed to ``path``, else removed.
 
-    Whoever reads ``path`` sees the old file or the new one, never a part, also when the process is killed.
+    Whoever reads ``path`` sees the old file or the new one, never a part, also when the process is killed. The file is
+    there, empty, and beside it may be others, which go with it. An ``OSError`` names ``path``.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in target.parent.glob(f".{target.name}.*.partial"):
-        leftover.unlink(missing_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*{_PARTIAL}"):
+        _remove_abandoned(leftover)
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; a checkpoint gets what the user's umask says.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with _own_folder(target) as folder:
+            temporary = folder / target.name
+            temporary.touch()
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            # Some writers make the file private; it gets what the user's umask says.
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            os.replace(temporary, target)
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or _PARTIAL in str(error.filename)):
+            error.filename, error.filename2 = str(target), None
+        raise
     directory = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+@contextlib.contextmanager
+def _own_folder(target: Path) -> Iterator[Path]:
+    """A folder beside ``target``, locked for as long as its process lives: nobody else removes it."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
+        # Another process may take it for an abandoned one before it is locked.
+        with contextlib.suppress(FileNotFoundError):
+            handle = os.open(folder, os.O_RDONLY)
+            if locks.lock(handle) is not False and folder.is_dir():
+                break
+            os.close(handle)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _remove_abandoned(leftover: Path) -> None:
+    """Remove what a process that is gone was writing."""
+    try:
+        handle = os.open(leftover, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        if locks.lock(handle):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -78,49 +120,93 @@ def save_tensors(
 ) -> None:
     """Write named tensors and a JSON header to one safetensors file, whole or not at all.
 
-    ``kind`` says what the file is ("policy", "learner"); ``load_tensors`` asks for it.
+    ``kind`` says what the file is ("policy", "learner"); ``load_tensors`` asks for it. Raises ``ArithmeticError`` for
+    numbers that are not finite, and ``OSError`` when the file cannot be written; then ``path`` is as it was.
     """
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for name, tensor in data.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ArithmeticError(
+                f"{path} was not written: {name} has values that are not finite, as after training that diverged"
+            )
     text = json.dumps(header, sort_keys=True)
     about = {"version": _FORMAT_VERSION, "kind": kind, "header": text, "sha256": _digest(data, text)}
     # One entry: safetensors writes several in random order, and equal checkpoints would differ in their bytes.
     with replacing(path) as temporary:
-        save_file(data, temporary, metadata={_FORMAT: json.dumps(about)})
+        try:
+            save_file(data, temporary, metadata={_FORMAT: json.dumps(about)})
+        except SafetensorError as error:
+            # Its own kind of exception, also for a disk that is full.
+            raise OSError(f"{path} could not be written, and is as it was: {error}") from error
 
 
 def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what ``save_tensors`` wrote: (tensors on the CPU, header).
 
-    Raises ``FileNotFoundError`` when there is no such file, ``CheckpointError`` when it is damaged or another kind, and
-    ``OSError`` when it cannot be read.
+    Raises ``FileNotFoundError`` when there is no such file, another ``OSError`` when it cannot be read, and
+    ``CheckpointError`` when it is damaged or another kind.
     """
     path = Path(path)
+    with _opened(path) as file:
+        text, digest = _about(path, file, kind)
+        try:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged or incomplete: {error}") from error
+    if digest != _digest(tensors, text):
+        raise CheckpointError(f"{path} is damaged: its tensors do not match the checksum it was written with")
+    return tensors, json.loads(text)
+
+
+def load_header(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """The header alone, without a look at the tensors; errors as ``load_tensors``'s."""
+    path = Path(path)
+    with _opened(path) as file:
+        return json.loads(_about(path, file, kind)[0])
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    # safetensors calls what the machine refuses an error of the file.
-    with path.open("rb"):
-        pass
+    # safetensors' errors do not tell a file that cannot be read from one that is damaged.
+    path.open("rb").close()
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = (file.metadata() or {}).get(_FORMAT)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+        file = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or incomplete: {error}") from error
+    with file as opened:
+        yield opened
+
+
+def _about(path: Path, file: Any, kind: str) -> tuple[str, str]:
+    """(header as JSON, checksum) of a file that is open."""
+    metadata = (file.metadata() or {}).get(_FORMAT)
     if metadata is None:
         raise CheckpointError(f"{path} was not written by vgf_fast: its metadata has no entry {_FORMAT!r}")
     try:
         about = json.loads(metadata)
         version, found, text, digest = (about[key] for key in ("version", "kind", "header", "sha256"))
-        header = json.loads(text)
+        if not isinstance(json.loads(text), dict):
+            raise TypeError("its header is no object")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: its metadata cannot be read: {error}") from error
     if version != _FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}, expected {_FORMAT_VERSION}")
     if found != kind:
         raise CheckpointError(f"{path} holds a {found}, expected a {kind}")
-    if digest != _digest(tensors, text):
-        raise CheckpointError(f"{path} is damaged: its tensors do not match the checksum it was written with")
-    return tensors, header
+    return text, digest
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises ``CheckpointError`` naming the file for anything else in it."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds {json.dumps(values)[:40]}, expected an object of settings")
+    return values
 
 
 def load_module_tensors(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

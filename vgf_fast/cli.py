@@ -16,6 +16,7 @@ import os
 import pkgutil
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vgf_fast import checkpoints, functional, native, openmp
+from vgf_fast import checkpoints, functional, interrupts, locks, native, openmp
 from vgf_fast.config import Precision
 from vgf_fast.demo import DemoConfig
 from vgf_fast.functional import Backend
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from vgf_fast.console import Console
 
 AlignMethod = Literal["flow", "plain", "best-of-n", "token-search"]
-INTERRUPTED = 130
 # What the library says of its arguments, files and environments; anything else is a bug, here or below.
 MISTAKES = (ValueError, OSError, ImportError, ArithmeticError, MemoryError, EvaluationError)
 PACKAGES = (
@@ -254,7 +254,8 @@ def _train(options: Train, sections: Sections, console: Console) -> None:
     start = f"going on after {learner.step:,} of" if learner.step else "training for"
     console.line(f"{start} {run.steps:,} updates: {weights:,} weights on {policy.device}, backend {backend}")
     runs.train(out, run, learner, task.train, task.evaluation, console)
-    console.line(f"done; evaluate with: vgf-fast evaluate --policy {out}")
+    env = " --env ENV" if task.evaluation.make_env is None else ""
+    console.line(f"done; evaluate with: vgf-fast evaluate --policy {shlex.quote(str(out))}{env}")
 
 
 def _train_settings(options: Train) -> Sections:
@@ -324,7 +325,7 @@ def _finetune(options: Finetune, console: Console) -> None:
     from vgf_fast.finetune import finetune
 
     finetune(console=console, **{field.name: getattr(options, field.name) for field in dataclasses.fields(options)})
-    console.line(f"done; evaluate with: vgf-fast evaluate --policy {options.out / 'policy'}")
+    console.line(f"done; evaluate with: vgf-fast evaluate --policy {shlex.quote(str(options.out))}")
 
 
 def _reproduce(options: Reproduce, console: Console) -> None:
@@ -501,16 +502,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     absent = [name for name in ("tyro", "rich", "yaml") if importlib.util.find_spec(name) is None]
     if absent:
         return _complain(f"the command line needs {' and '.join(absent)}: pip install 'vgf_fast[train]'")
+    with interrupts.listening():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         command, sections = _parse(arguments)
         from vgf_fast.console import Console
 
         console = Console()
         if isinstance(command, Train):
-            _train(command, sections, console)
+            with locks.holding(command.out):
+                _train(command, sections, console)
+        elif isinstance(command, Demo):
+            with locks.holding(command.out):
+                _demo(command, console)
         else:
             functions: dict[type, Any] = {
-                Demo: _demo,
                 Generate: _generate,
                 Evaluate: _evaluate,
                 Finetune: _finetune,
@@ -526,11 +535,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), 2)
     except InterruptedRunError as error:
         sys.stderr.write(f"{error}\n")
-        return INTERRUPTED
+        return interrupts.INTERRUPTED
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        return INTERRUPTED
+        return interrupts.INTERRUPTED
     except Exception as error:
+        # A library may make of an interrupt that a package is not installed, and the like; it cannot make these.
+        if interrupts.requested() and not isinstance(error, (OSError, ArithmeticError)):
+            sys.stderr.write("interrupted\n")
+            return interrupts.INTERRUPTED
         if os.environ.get("VGF_FAST_DEBUG") == "1":
             raise
         if isinstance(error, MISTAKES):

@@ -1,23 +1,34 @@
 """Offline to online in a directory: a run's learner, its task's simulator, records and checkpoints.
 
-The directory holds online.jsonl, checkpoint/ and policy/. Called again, it goes on from the last checkpoint, with the
-records later than that removed; the episode that was under way is begun anew.
+The directory holds config.yaml, data.json, online.jsonl, checkpoint/ and policy/. Called again, it goes on from the
+last checkpoint, with the records later than that removed; the episode that was under way is begun anew.
+checkpoint/best/ holds the learner of the best evaluation.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from vgf_fast import checkpoints
+from vgf_fast import checkpoints, interrupts, locks
 from vgf_fast.data import tasks
 from vgf_fast.functional import Backend
 from vgf_fast.learner import LEARNER_FILE, Learner
 from vgf_fast.online import OnlineTraining, Record, Style
-from vgf_fast.run import CHECKPOINT, POLICY, SETTINGS_FILE, choose_device
-from vgf_fast.settings import RunConfig, read_file
+from vgf_fast.run import (
+    CHECKPOINT,
+    POLICY,
+    SETTINGS_FILE,
+    InterruptedRunError,
+    check_data,
+    choose_device,
+    write_data,
+)
+from vgf_fast.settings import RunConfig, read_file, to_yaml
 
 RECORDS = "online.jsonl"
 
@@ -52,67 +63,85 @@ def finetune(
     """Take the learner of ``run`` online, to ``steps`` steps in all; the arguments are ``vgf-fast finetune``'s.
 
     Returns the records of this call. Raises ``FileNotFoundError`` when ``run`` is no run, ``ValueError`` for a task
-    without an environment, and what ``OnlineTraining`` raises.
+    without an environment or other transitions than before, ``locks.InUseError``, ``InterruptedRunError``
+    after SIGINT or SIGTERM, with everything saved, and what ``OnlineTraining`` raises.
     """
     if not (run / CHECKPOINT / LEARNER_FILE).is_file():
         raise FileNotFoundError(f"{run} has no {CHECKPOINT}/{LEARNER_FILE}: expected the directory of a trained run")
-    settings = RunConfig.from_dict(read_file(run / SETTINGS_FILE).get("run", {}))
-    name, env, folder = settings.task, settings.env, dataset_dir or settings.dataset_dir
-    device = choose_device(device)
-    evaluation = tasks.environment(name, folder, env=env)
-    if evaluation.make_env is None:
-        raise ValueError(f"{name} has no environment to act in: train with --env")
-    task = tasks.load(
-        name, folder, env=env, url=settings.data_url, action_low=settings.action_low, action_high=settings.action_high,
-        device=device,
-    )  # fmt: skip
-    held = out / CHECKPOINT / LEARNER_FILE
-    learner = Learner.resume((out if held.is_file() else run) / CHECKPOINT, device=device, backend=backend)
-    training = OnlineTraining(
-        learner,
-        task.train,
-        evaluation.make_env,
-        style=style,
-        warm_up=warm_up,
-        buffer_size=buffer_size,
-        reward_scale=task.reward_scale,
-        reward_shift=task.reward_shift,
-        seed=seed,
-    )
-    try:
-        if held.is_file():
-            training.restore(out / CHECKPOINT)
-        if training.steps >= steps:
-            raise ValueError(f"steps is {steps}, but the checkpoint in {out} has {training.steps} already")
-        _cut(out / RECORDS, training.steps)
-        start = "going on after" if training.steps else "after"
-        console.line(f"{start} {training.steps:,} of {steps:,} steps in the simulator, {learner.step:,} updates in all")
-        with (out / RECORDS).open("a", encoding="utf-8") as file:
-
-            def log(record: Record) -> None:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                shown = {key: value for key, value in record.items() if key.partition("/")[0] in ("return", "success")}
-                text = ", ".join(f"{key} {value:.3g}" for key, value in shown.items())
-                console.line(f"step {int(record['step']):,}: {text}" if text else f"step {int(record['step']):,}")
-
-            records = training.run(
-                steps - training.steps,
-                log_interval=log_interval,
-                on_log=log,
-                eval_interval=eval_interval,
-                make_eval_env=evaluation.make_env,
-                eval_episodes=eval_episodes,
-                eval_flow_steps=tuple(eval_flow_steps),
-                score=evaluation.score,
-                checkpoint_dir=out / CHECKPOINT,
-                checkpoint_interval=checkpoint_interval,
-                progress=progress,
+    with locks.holding(out), interrupts.listening():
+        settings = RunConfig.from_dict(read_file(run / SETTINGS_FILE).get("run", {}))
+        if dataset_dir is not None:
+            settings = dataclasses.replace(settings, dataset_dir=str(Path(dataset_dir).expanduser().resolve()))
+        name, env, folder = settings.task, settings.env, settings.dataset_dir
+        device = choose_device(device)
+        evaluation = tasks.environment(name, folder, env=env)
+        if evaluation.make_env is None:
+            raise ValueError(f"{name} has no environment to act in: train with --env")
+        task = tasks.load(
+            name, folder, env=env, url=settings.data_url, action_low=settings.action_low,
+            action_high=settings.action_high, device=device,
+        )  # fmt: skip
+        check_data(out, task.train)
+        held = out / CHECKPOINT / LEARNER_FILE
+        learner = Learner.resume((out if held.is_file() else run) / CHECKPOINT, device=device, backend=backend)
+        training = OnlineTraining(
+            learner,
+            task.train,
+            evaluation.make_env,
+            style=style,
+            warm_up=warm_up,
+            buffer_size=buffer_size,
+            reward_scale=task.reward_scale,
+            reward_shift=task.reward_shift,
+            seed=seed,
+        )
+        try:
+            if held.is_file():
+                training.restore(out / CHECKPOINT)
+            if training.steps >= steps:
+                raise ValueError(f"steps is {steps}, but the checkpoint in {out} has {training.steps} already")
+            policy, train = learner.policy.config.to_dict(), learner.config.to_dict()
+            sections = {"policy": policy, "train": train, "run": dataclasses.asdict(settings)}
+            checkpoints.write_text(out / SETTINGS_FILE, to_yaml(sections))
+            write_data(out, task.train)
+            _cut(out / RECORDS, training.steps)
+            start = "going on after" if training.steps else "after"
+            console.line(
+                f"{start} {training.steps:,} of {steps:,} steps in the simulator, {learner.step:,} updates in all"
             )
-    finally:
-        training.close()
-    learner.policy.save_pretrained(out / POLICY)
-    return records
+            with (out / RECORDS).open("a", encoding="utf-8") as file:
+
+                def log(record: Record) -> None:
+                    file.write(json.dumps(record) + "\n")
+                    file.flush()
+                    if any(name.startswith("return/") for name in record):
+                        learner.save_best(out / CHECKPOINT, record)
+                    shown = [key for key in record if key.partition("/")[0] in ("return", "success")]
+                    text = ", ".join(f"{key} {record[key]:.3g}" for key in shown)
+                    console.line(f"step {int(record['step']):,}: {text}" if text else f"step {int(record['step']):,}")
+
+                records = training.run(
+                    steps - training.steps,
+                    log_interval=log_interval,
+                    on_log=log,
+                    eval_interval=eval_interval,
+                    make_eval_env=evaluation.make_env,
+                    eval_episodes=eval_episodes,
+                    eval_flow_steps=tuple(eval_flow_steps),
+                    score=evaluation.score,
+                    checkpoint_dir=out / CHECKPOINT,
+                    checkpoint_interval=checkpoint_interval,
+                    progress=progress,
+                )
+        except KeyboardInterrupt:
+            learner.policy.save_pretrained(out / POLICY)
+            name, done = interrupts.requested() or "interrupted", f"{training.steps:,} of {steps:,} steps"
+            again = f"the same vgf-fast finetune --out {shlex.quote(str(out))}"
+            raise InterruptedRunError(f"{name}: saved after {done}; go on with: {again}") from None
+        finally:
+            training.close()
+        learner.policy.save_pretrained(out / POLICY)
+        return records
 
 
 def _cut(path: Path, step: int) -> None:

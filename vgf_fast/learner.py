@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
-import signal
-import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vgf_fast import checkpoints, functional, fused, reference
+from vgf_fast import checkpoints, functional, fused, interrupts, reference
 from vgf_fast.arrays import as_tensor
 from vgf_fast.config import TrainConfig, VGFConfig, integer, integers
 from vgf_fast.functional import Backend
@@ -29,8 +27,11 @@ if TYPE_CHECKING:
     from vgf_fast.online import Style
 
 LEARNER_FILE = "learner.safetensors"
+BEST = "best"  # folder of a directory of checkpoints
 BATCH_FIELDS = ("observations", "actions", "next_observations", "rewards", "masks")
+RANGES = {"actions": (-1, 1), "masks": (0, 1), "bc_t": (0, 1)}  # of the numbers in a batch or in noise
 METRICS = ("critic_loss", "bc_loss", "q_mean", "target_mean", "bc_flow_var", "vgf_var")
+LOSSES = ("critic_loss", "bc_loss", "score_loss")
 UPDATES_A_REPLAY = 10  # of a CUDA graph: what the host does between replays is then a tenth an update
 
 
@@ -89,13 +90,14 @@ class Learner:
         ``noise``: particles [B, N, A], bc_x0 [B, A], bc_t [B, 1] instead of numbers drawn from ``generator``.
         The order is the release's: TD target from the online critic's flow and the target critic; the target critic
         moves towards the critic as it was before its gradient step. (ALGORITHM: learning.)
-        ``check=False`` skips looking at the values of a batch known to be finite, such as a ``Dataset``'s.
+        ``check=False`` skips looking at the values of a batch known to be right, such as a ``Dataset``'s; on a GPU
+        nobody looks, since the update would wait for the answer.
         Raises ``ValueError`` or ``TypeError`` naming the field that is wrong; then nothing was changed.
         """
         data = self._batch(batch, check)
         size = len(data["rewards"])
         if noise is not None:
-            metrics = self._update(data, self._noise(noise, size))
+            metrics = self._update(data, self._noise(noise, size, check))
             self.step += 1
             return metrics
 
@@ -319,15 +321,9 @@ class Learner:
         shapes = dict(zip(BATCH_FIELDS, (observation, action, observation, (size,), (size,)), strict=True))
         data = {}
         for name, shape in shapes.items():
-            tensor = self._tensor(f"batch[{name!r}]", batch[name], shape)
-            if check and tensor.device.type == "cpu" and not torch.isfinite(tensor).all():
-                row = _first_row(~torch.isfinite(tensor))
-                raise ValueError(f"batch[{name!r}] has NaN or infinity in row {row}, expected finite numbers")
-            data[name] = tensor
-        actions = data["actions"]
-        if check and actions.device.type == "cpu" and (actions.abs() > 1.0).any():
-            row = _first_row(actions.abs() > 1.0)
-            raise ValueError(f"batch['actions'] leaves [-1, 1] in row {row}: {actions[row].tolist()}")
+            data[name] = self._tensor(f"batch[{name!r}]", batch[name], shape)
+            if check:
+                _check_values(f"batch[{name!r}]", data[name], *RANGES.get(name, ()))
         return data
 
     def _tensor(self, name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
@@ -342,7 +338,7 @@ class Learner:
             )
         return tensor.to(self.policy.device, self.policy.dtype)
 
-    def _noise(self, noise: Mapping[str, Any] | None, size: int) -> dict[str, Tensor]:
+    def _noise(self, noise: Mapping[str, Any] | None, size: int, check: bool = True) -> dict[str, Tensor]:
         config = self.policy.config
         self.policy.check_memory(size, config.train_budget)
         shapes: dict[str, tuple[int, ...]] = {"particles": (size, config.particles, config.action_dim)}
@@ -352,7 +348,10 @@ class Learner:
             missing = [name for name in shapes if name not in noise]
             if missing:
                 raise ValueError(f"noise lacks {', '.join(missing)}; it needs {', '.join(shapes)}")
-            return {name: self._tensor(f"noise[{name!r}]", noise[name], shape) for name, shape in shapes.items()}
+            given = {name: self._tensor(f"noise[{name!r}]", noise[name], shape) for name, shape in shapes.items()}
+            for name, tensor in given.items() if check else ():
+                _check_values(f"noise[{name!r}]", tensor, *RANGES.get(name, ()))
+            return given
         draw = {"bc_t": torch.Tensor.uniform_}
         with ranges.span("vgf/noise"):
             return {
@@ -386,8 +385,13 @@ class Learner:
         each of ``eval_flow_steps`` flow steps (L_test). A record holds ``step`` and the metrics of that update, or an
         evaluation's, and is passed to ``on_log``. ``checkpoint_dir`` is saved to every ``checkpoint_interval`` updates,
         at the end, and when interrupted by Ctrl-C, which takes effect between two updates, so that ``Learner.resume``
-        goes on exactly. Intervals are counted in ``learner.step``: a resumed run logs, evaluates and saves at the same.
-        A policy without ``action_bounds`` keeps the dataset's; others raise ``ValueError``.
+        goes on exactly; a second Ctrl-C does not wait. Its folder ``best`` holds the learner of the best evaluation.
+        Intervals are counted in ``learner.step``: a resumed run logs, evaluates and saves at the same.
+        A policy without ``action_bounds`` keeps the dataset's.
+
+        Raises ``ArithmeticError`` when a loss is no longer a number, at the next record or checkpoint: the last
+        checkpoint stays. Raises ``ValueError`` or ``TypeError`` for wrong arguments, a dataset of other widths or
+        bounds too.
         """
         steps, log_interval = integer("steps", steps, 0), integer("log_interval", log_interval, 1)
         eval_interval = integer("eval_interval", eval_interval, 1)
@@ -414,6 +418,7 @@ class Learner:
 
         end = self.step + steps
         saved_at = -1
+        whole = True
         try:
             with progress_bar("training", total=steps, enabled=progress) as advance:
                 while self.step < end:
@@ -422,25 +427,30 @@ class Learner:
                         left.append(eval_interval - self.step % eval_interval)
                     if checkpoint_dir is not None:
                         left.append(checkpoint_interval - self.step % checkpoint_interval)
-                    before = self.step
-                    with _interrupt_afterwards():
+                    before, whole = self.step, False
+                    with interrupts.held():
                         metrics = self._updates(dataset, min(left))
+                        whole = True
                     last = self.step == end
-                    if self.step % log_interval == 0 or last:
-                        log({"step": self.step, **{name: value.item() for name, value in metrics.items()}})
+                    logged = self.step % log_interval == 0 or last
+                    saved = checkpoint_dir is not None and (self.step % checkpoint_interval == 0 or last)
+                    if logged or saved:
+                        values = {name: value.item() for name, value in metrics.items()}
+                        if logged:
+                            log({"step": self.step, **values})
+                        check_losses(self.step, values)
                     if eval_env is not None and (self.step % eval_interval == 0 or last):
-                        log(
-                            {
-                                "step": self.step,
-                                **self._evaluate(eval_env, eval_episodes, eval_flow_steps, eval_num_envs),
-                            }
-                        )
-                    if checkpoint_dir is not None and (self.step % checkpoint_interval == 0 or last):
+                        found = self._evaluate(eval_env, eval_episodes, eval_flow_steps, eval_num_envs)
+                        log({"step": self.step, **found})
+                        if checkpoint_dir is not None:
+                            self.save_best(checkpoint_dir, found)
+                    if checkpoint_dir is not None and saved:
                         self.save(checkpoint_dir)
                         saved_at = self.step
                     advance(self.step - before)
         except KeyboardInterrupt:
-            if checkpoint_dir is not None and saved_at != self.step:
+            # A second Ctrl-C ends an update half-way: the last checkpoint stays.
+            if checkpoint_dir is not None and saved_at != self.step and whole:
                 self.save(checkpoint_dir)
             raise
         return records
@@ -560,8 +570,12 @@ class Learner:
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write everything a resumed run needs to ``learner.safetensors`` in a directory, whole or not at all."""
+    def save(self, directory: str | os.PathLike[str], score: float | None = None) -> Path:
+        """Write everything a resumed run needs to ``learner.safetensors`` in a directory, whole or not at all.
+
+        ``score`` is noted with it, such as an evaluation's mean return. Raises ``ArithmeticError`` for weights that are
+        not finite, and ``OSError``; then the file is as it was.
+        """
         tensors: dict[str, Tensor] = {f"policy/{name}": p for name, p in self.policy.named_parameters()}
         for name, optimizer in self._optimizers.items():
             for index, state in optimizer.state_dict()["state"].items():
@@ -574,10 +588,32 @@ class Learner:
             "step": self.step,
             "device": self.policy.device.type,
             "policy_seed": self.policy.seed,
+            **({} if score is None else {"score": score}),
         }
         path = Path(directory)
         checkpoints.save_tensors(path / LEARNER_FILE, "learner", tensors, header)
         return path
+
+    def save_best(self, directory: str | os.PathLike[str], evaluation: Mapping[str, float]) -> None:
+        """Save to the folder ``best`` of a directory, if an evaluation beats that of the learner which is there.
+
+        ``evaluation`` is one of ``fit``'s records; the highest of its normalised scores counts, else of its successes,
+        else of its returns. Raises what ``save`` raises.
+        """
+        path = Path(directory) / BEST
+        for kind in ("normalized/", "success/", "return/"):
+            # Behaviour cloning does not depend on the critic, and is no result of the policy.
+            scores = [one for name, one in evaluation.items() if name.startswith(kind) and not name.endswith("/bc")]
+            if scores:
+                break
+        else:
+            return
+        try:
+            held = checkpoints.load_header(path / LEARNER_FILE, "learner").get("score", -math.inf)
+        except (FileNotFoundError, checkpoints.CheckpointError):
+            held = -math.inf
+        if max(scores) > held:
+            self.save(path, max(scores))
 
     @classmethod
     def resume(
@@ -614,28 +650,28 @@ class Learner:
         return learner
 
 
-@contextlib.contextmanager
-def _interrupt_afterwards() -> Iterator[None]:
-    """Hold back a Ctrl-C until the block is done, where Python's own handler would raise it in the middle."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield
+def _check_values(name: str, tensor: Tensor, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raise ``ValueError`` naming the first row of ``tensor``, as the update takes it, not finite or out of range."""
+    if tensor.device.type != "cpu":
         return
-    noted: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if noted:
-        raise KeyboardInterrupt
+    rows = tensor.reshape(len(tensor), -1)
+    for wrong, told in (
+        (~torch.isfinite(rows), "has NaN or infinity in row {row}, expected finite numbers"),
+        ((rows < low) | (rows > high), f"leaves [{low}, {high}] in row {{row}}: {{values}}"),
+    ):
+        if wrong.any():
+            row = int(wrong.any(dim=1).nonzero()[0])
+            raise ValueError(f"{name} {told.format(row=row, values=tensor[row].tolist())}")
 
 
-def _first_row(marked: Tensor) -> int:
-    """Index of the first row of ``marked`` that holds a True."""
-    return int(marked.reshape(len(marked), -1).any(dim=1).nonzero()[0].item())
+def check_losses(step: int, record: Mapping[str, float]) -> None:
+    """Raise ``ArithmeticError`` when a loss of update number ``step`` is no longer a number."""
+    losses = {name: value for name, value in record.items() if name in LOSSES}
+    if not all(map(math.isfinite, losses.values())):
+        told = ", ".join(f"{name} is {value:g}" for name, value in losses.items())
+        raise ArithmeticError(
+            f"training diverged: in update {step} {told}; try a lower learning rate, or rewards of smaller scale"
+        )
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

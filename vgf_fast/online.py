@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgf_fast import checkpoints
+from vgf_fast import checkpoints, interrupts
 from vgf_fast.config import MAX_SEED, integer, integers, real
 from vgf_fast.data.replay import ReplayBuffer
 from vgf_fast.evaluation import Score, check_environment, evaluate
+from vgf_fast.learner import check_losses
 from vgf_fast.progress import progress_bar
 from vgf_fast.simulators import EpisodeSeed, Simulator
 
@@ -180,7 +181,8 @@ class OnlineTraining:
         Every ``log_interval`` steps a record is made: the step, the learner's updates, mean return and success of the
         episodes since the last one, and the last update's metrics. Every ``eval_interval`` steps, and before the first
         one, ``eval_episodes`` episodes in ``make_eval_env`` are added to it, for each number of flow steps. With
-        ``checkpoint_dir``, ``save`` is called every ``checkpoint_interval`` steps and at the end.
+        ``checkpoint_dir``, ``save`` is called every ``checkpoint_interval`` steps, at the end, and when interrupted by
+        Ctrl-C, which takes effect between two steps; a second one does not wait.
 
         Returns the records; ``on_log`` gets each as it is made. Raises ``ValueError`` for arguments out of range, and
         ``ArithmeticError`` when a loss is no longer a number.
@@ -207,9 +209,7 @@ class OnlineTraining:
                 record["success"] = float(np.mean(self.successes[seen_successes:]))
             seen, seen_successes = len(self.returns), len(self.successes)
             record |= {name: value.item() for name, value in metrics.items()}
-            for name in ("critic_loss", "bc_loss"):
-                if not np.isfinite(record.get(name, 0.0)):
-                    raise ArithmeticError(f"training diverged: at step {self.steps} {name} is {record[name]}")
+            check_losses(self.learner.step, record)
             if evaluated:
                 assert make_eval_env is not None
                 for result in evaluate(
@@ -226,16 +226,27 @@ class OnlineTraining:
 
         if eval_interval and self.steps == 0:
             log(evaluated=True)
-        with progress_bar("learning online", total=steps, enabled=progress) as advance:
-            for index in range(steps):
-                metrics = self.step() or metrics
-                evaluated = bool(eval_interval) and self.steps % eval_interval == 0
-                if evaluated or self.steps % log_interval == 0 or index + 1 == steps:
-                    log(evaluated)
-                due = bool(checkpoint_interval) and self.steps % checkpoint_interval == 0
-                if checkpoint_dir is not None and (due or index + 1 == steps):
-                    self.save(checkpoint_dir)
-                advance()
+        saved_at, whole = -1, True
+        try:
+            with progress_bar("learning online", total=steps, enabled=progress) as advance:
+                for index in range(steps):
+                    whole = False
+                    with interrupts.held():
+                        metrics = self.step() or metrics
+                        whole = True
+                    evaluated = bool(eval_interval) and self.steps % eval_interval == 0
+                    if evaluated or self.steps % log_interval == 0 or index + 1 == steps:
+                        log(evaluated)
+                    due = bool(checkpoint_interval) and self.steps % checkpoint_interval == 0
+                    if checkpoint_dir is not None and (due or index + 1 == steps):
+                        self.save(checkpoint_dir)
+                        saved_at = self.steps
+                    advance()
+        except KeyboardInterrupt:
+            # A second Ctrl-C ends an update half-way: the last checkpoint stays.
+            if checkpoint_dir is not None and saved_at != self.steps and whole:
+                self.save(checkpoint_dir)
+            raise
         return records
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -257,8 +268,15 @@ class OnlineTraining:
             "returns": self.returns, "successes": self.successes, "updates": self.learner.step,
         }  # fmt: skip
         name = REPLAY_FILE.format(step=self.learner.step)
+        is_new = not (path / name).exists()
         checkpoints.save_tensors(path / name, "replay", tensors, header)
-        self.learner.save(path)
+        try:
+            self.learner.save(path)
+        except BaseException:
+            # The old learner goes with the old replay.
+            if is_new:
+                (path / name).unlink()
+            raise
         for old in path.glob(REPLAY_FILE.format(step="*")):
             if old.name != name:
                 old.unlink()

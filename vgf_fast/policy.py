@@ -441,10 +441,7 @@ class VGFPolicy(nn.Module):
         tensors, header = checkpoints.load_tensors(path / MODEL_FILE, "policy")
         values = header["config"]
         if (path / CONFIG_FILE).is_file():
-            try:
-                values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise checkpoints.CheckpointError(f"{path / CONFIG_FILE} is not JSON: {error}") from error
+            values = checkpoints.read_object(path / CONFIG_FILE)
         try:
             config = VGFConfig.from_dict(values)
         except (TypeError, ValueError) as error:

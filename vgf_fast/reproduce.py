@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vgf_fast import checkpoints
+from vgf_fast import checkpoints, locks
 from vgf_fast import run as runs
 from vgf_fast.config import MAX_SEED, VGFConfig
 from vgf_fast.data import tasks
@@ -100,9 +101,21 @@ def reproduce(
 
     All seeds learn from the same transitions on the device, one after the other in this process.
 
-    Raises ``ValueError`` when the directory holds other settings, or there is nothing to evaluate in or with, and what
-    ``run.train`` raises.
+    Raises ``ValueError`` when the directory holds other settings, or there is nothing to evaluate in or with,
+    ``locks.InUseError`` when another call works in it, and what ``run.train`` raises.
     """
+    with locks.holding(out):
+        return _reproduce(out, sections, seeds, paper, reporter, progress)
+
+
+def _reproduce(
+    out: Path,
+    sections: Sections,
+    seeds: Sequence[int],
+    paper: PaperScore | None,
+    reporter: runs.Reporter,
+    progress: bool,
+) -> Summary:
     run = RunConfig.from_dict(sections["run"])
     if not run.eval_interval or not run.eval_flow_steps:
         raise ValueError(
@@ -122,18 +135,18 @@ def reproduce(
         raise ValueError(f"{run.task} has no environment to evaluate in: give run.env")
     for line in task.summary.splitlines():
         reporter.line(line)
-    out.mkdir(parents=True, exist_ok=True)
     checkpoints.write_text(out / SETTINGS, to_yaml(sections))
     for seed in seeds:
         folder = out / f"seed_{seed}"
         own = {**sections, "train": {**sections["train"], "seed": seed}}
-        learner = runs.open_learner(folder, own, task.train, run)
-        if learner.step == run.steps and (folder / runs.POLICY / runs.MODEL_FILE).is_file():
-            reporter.line(f"seed {seed}: done already")
-        else:
-            reporter.line(f"seed {seed}: {'going on after' if learner.step else 'from'} update {learner.step:,}")
-            again = f"the same vgf-fast reproduce --out {out}"
-            runs.train(folder, run, learner, task.train, task.evaluation, reporter, progress, again)
+        with locks.holding(folder):
+            learner = runs.open_learner(folder, own, task.train, run)
+            if learner.step == run.steps and (folder / runs.POLICY / runs.MODEL_FILE).is_file():
+                reporter.line(f"seed {seed}: done already")
+            else:
+                reporter.line(f"seed {seed}: {'going on after' if learner.step else 'from'} update {learner.step:,}")
+                again = f"the same vgf-fast reproduce --out {shlex.quote(str(out))}"
+                runs.train(folder, run, learner, task.train, task.evaluation, reporter, progress, again)
         del learner
         found = summarise(out, sections, seeds, paper)
     return found

@@ -1,42 +1,46 @@
 """A training run in a directory: logs, evaluations and checkpoints that an interruption leaves whole.
 
-The directory holds config.yaml, train.csv, eval.csv, tensorboard/, checkpoint/learner.safetensors and policy/. At a
-checkpoint the logs are written first, then the learner, then the policy, so that a run killed anywhere resumes from the
-last checkpoint, cuts the logs back to it, and ends with the files of a run that was never killed.
+The directory holds config.yaml, data.json, train.csv, eval.csv, tensorboard/, checkpoint/learner.safetensors and
+policy/. At a checkpoint the logs are written first, then the learner, then the policy, so that a run killed anywhere
+resumes from the last checkpoint, cuts the logs back to it, and ends with the files of a run that was never killed.
+checkpoint/best/ holds the learner of the best evaluation, checkpoint/step_N/ those of the last few checkpoints.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import hashlib
 import io
+import json
 import math
 import os
-import signal
+import shlex
+import shutil
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
 
-from vgf_fast import checkpoints
+from vgf_fast import checkpoints, interrupts
 from vgf_fast.config import TrainConfig, VGFConfig
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.data.tasks import Evaluation
 from vgf_fast.evaluation import EvaluationResult, check_environment, evaluate
-from vgf_fast.learner import LEARNER_FILE, Learner
+from vgf_fast.learner import BEST, LEARNER_FILE, Learner
 from vgf_fast.policy import CONFIG_FILE, MODEL_FILE, VGFPolicy
 from vgf_fast.progress import progress_bar
 from vgf_fast.settings import RunConfig, Sections, to_yaml
 
-SETTINGS_FILE = "config.yaml"
+SETTINGS_FILE, DATA_FILE = "config.yaml", "data.json"
 TRAIN_LOG, EVAL_LOG = "train.csv", "eval.csv"
 CHECKPOINT, POLICY, TENSORBOARD = "checkpoint", "policy", "tensorboard"
+STEP, KEPT = "step_{step}", 3  # earlier checkpoints, and how many of them
+DIGEST_ROWS = 2**20  # most transitions that a fingerprint looks at
 STOP_SECONDS = 0.5  # between looks at whether to stop
 LINE_SECONDS = 30.0  # between lines where there is no terminal
 EVAL_COLUMNS = (
@@ -96,43 +100,6 @@ class CsvLog:
         self._file.close()
 
 
-class _Stop:
-    """SIGINT and SIGTERM while a run is on: noted, and raised as ``KeyboardInterrupt`` only where that does no harm."""
-
-    def __init__(self) -> None:
-        self.requested: str | None = None
-        self._may_raise = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = signal.Signals(number).name
-        if self._may_raise:
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the two signals; elsewhere than in the main thread they cannot be."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-    @contextmanager
-    def raising(self) -> Iterator[None]:
-        """A part that changes nothing of the learner, and may end anywhere."""
-        self._may_raise = True
-        try:
-            if self.requested:
-                raise KeyboardInterrupt
-            yield
-        finally:
-            self._may_raise = False
-
-
 def holds_run(out: Path) -> bool:
     """Whether the directory has files of a run."""
     names = (SETTINGS_FILE, TRAIN_LOG, EVAL_LOG, f"{CHECKPOINT}/{LEARNER_FILE}")
@@ -142,10 +109,79 @@ def holds_run(out: Path) -> bool:
 def clear(out: Path) -> None:
     """Remove a run's files, and nothing else; first the checkpoint, without which the rest is no run to resume."""
     policy = [f"{POLICY}/{MODEL_FILE}", f"{POLICY}/{CONFIG_FILE}"]
-    for name in (f"{CHECKPOINT}/{LEARNER_FILE}", *policy, TRAIN_LOG, EVAL_LOG, SETTINGS_FILE):
+    for name in (f"{CHECKPOINT}/{LEARNER_FILE}", *policy, TRAIN_LOG, EVAL_LOG, DATA_FILE, SETTINGS_FILE):
         (out / name).unlink(missing_ok=True)
+    for folder in (out / CHECKPOINT / BEST, *_steps(out / CHECKPOINT).values()):
+        _remove_checkpoint(folder)
     for events in (out / TENSORBOARD).glob("events.out.tfevents.*"):
         events.unlink()
+
+
+def _steps(directory: Path) -> dict[int, Path]:
+    """Folders of earlier checkpoints by their steps, in order."""
+    prefix = STEP.format(step="")
+    numbers = (path.name.removeprefix(prefix) for path in directory.glob(f"{prefix}*"))
+    return {step: directory / STEP.format(step=step) for step in sorted(int(one) for one in numbers if one.isdecimal())}
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    (folder / LEARNER_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def save_checkpoint(learner: Learner, directory: Path) -> None:
+    """Save a learner under the name of the newest, and keep that of the last ``KEPT`` under their steps as well."""
+    learner.save(directory)
+    folder = directory / STEP.format(step=learner.step)
+    folder.mkdir(exist_ok=True)
+    kept = folder / LEARNER_FILE
+    kept.unlink(missing_ok=True)
+    try:
+        # Saving replaces a file's name and never writes into it: two names can share one file.
+        os.link(directory / LEARNER_FILE, kept)
+    except OSError:
+        with checkpoints.replacing(kept) as temporary:
+            shutil.copyfile(directory / LEARNER_FILE, temporary)
+    for old in list(_steps(directory).values())[:-KEPT]:
+        _remove_checkpoint(old)
+
+
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """What tells transitions from others: their number, widths, dtype, and a digest of at most ``DIGEST_ROWS``."""
+    count = min(len(dataset), DIGEST_ROWS)
+    digest = hashlib.sha256()
+    for index in (
+        torch.linspace(0, len(dataset) - 1, count, dtype=torch.float64, device="cpu").round().long().split(2**16)
+    ):
+        for name, field in dataset.take(index.to(dataset.device)).items():
+            digest.update(name.encode())
+            digest.update(field.contiguous().cpu().view(torch.uint8).numpy().data)
+    return {
+        "transitions": len(dataset),
+        "observation_dim": dataset.observation_dim,
+        "action_dim": dataset.action_dim,
+        "dtype": str(dataset.dtype).removeprefix("torch."),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def check_data(out: Path, dataset: Dataset) -> None:
+    """Raise ``ValueError`` when the directory's checkpoint was trained on other transitions, as far as it says."""
+    if not (out / CHECKPOINT / LEARNER_FILE).is_file() or not (out / DATA_FILE).is_file():
+        return
+    begun, found = checkpoints.read_object(out / DATA_FILE), fingerprint(dataset)
+    different = [name for name in found if begun.get(name) != found[name]]
+    if different:
+        told = "; ".join(f"{name} is {found[name]}, was {begun.get(name)}" for name in different[:1])
+        raise ValueError(
+            f"the checkpoint in {out} was trained on other transitions ({told}): give it those, or start another run"
+        )
+
+
+def write_data(out: Path, dataset: Dataset) -> None:
+    """Note in a run's directory what it learns from."""
+    checkpoints.write_text(out / DATA_FILE, json.dumps(fingerprint(dataset), indent=2) + "\n")
 
 
 def choose_device(asked: str | None) -> str:
@@ -162,7 +198,8 @@ def choose_device(asked: str | None) -> str:
 def open_learner(out: Path, sections: Sections, dataset: Dataset, run: RunConfig) -> Learner:
     """The learner of the directory's checkpoint, or a new one if there is none.
 
-    Raises ``ValueError`` for settings that differ from the checkpoint's, and for sizes that are not the dataset's.
+    Raises ``ValueError`` for settings or transitions that differ from the checkpoint's, and for sizes that are not the
+    dataset's.
     """
     for name in ("observation_dim", "action_dim"):
         asked, found = sections["policy"].get(name, getattr(dataset, name)), getattr(dataset, name)
@@ -175,6 +212,7 @@ def open_learner(out: Path, sections: Sections, dataset: Dataset, run: RunConfig
     device = str(dataset.device)
     if not (out / CHECKPOINT / LEARNER_FILE).is_file():
         return Learner(VGFPolicy(policy, device=device, backend=run.backend, seed=train.seed), train)
+    check_data(out, dataset)
     learner = Learner.resume(out / CHECKPOINT, device=device, backend=run.backend)
     for section, asked, found in (("policy", policy, learner.policy.config), ("train", train, learner.config)):
         for field in dataclasses.fields(asked):
@@ -201,8 +239,8 @@ def train(
 
     ``again`` is the command that goes on with an interrupted run, if it is not ``vgf-fast train``'s own.
 
-    Raises ``InterruptedRunError`` after SIGINT or SIGTERM, with everything saved, and ``ArithmeticError`` when the
-    loss is no longer a number.
+    Raises ``InterruptedRunError`` after SIGINT or SIGTERM, with everything saved, ``ArithmeticError`` when the loss is
+    no longer a number, and ``OSError`` when something cannot be written; then the last checkpoint stays.
     """
     if learner.step > run.steps:
         raise ValueError(f"run.steps is {run.steps}, but the checkpoint in {out} has {learner.step} updates already")
@@ -213,10 +251,14 @@ def train(
     policy, train_ = learner.policy.config.to_dict(), learner.config.to_dict()
     sections = {"policy": policy, "train": train_, "run": dataclasses.asdict(run)}
     checkpoints.write_text(out / SETTINGS_FILE, to_yaml(sections))
-    stop = _Stop()
-    with stop.listening(), _Logs(out, learner.step, run.tensorboard) as logs:
-        again = again or f"vgf-fast train --out {out} --resume"
-        _Training(out, run, learner, dataset, evaluation, reporter, logs, stop, again).go(progress)
+    write_data(out, dataset)
+    with interrupts.listening(), _Logs(out, learner.step, run.tensorboard) as logs:
+        again = again or f"vgf-fast train --out {shlex.quote(str(out))} --resume"
+        training = _Training(out, run, learner, dataset, evaluation, reporter, logs, again)
+        try:
+            training.go(progress)
+        except KeyboardInterrupt:
+            training.interrupted()
 
 
 class _Logs:
@@ -241,12 +283,11 @@ class _Logs:
         if self._board is not None:
             self._board.close()
 
-    def scalars(self, prefix: str, values: Mapping[str, float | None], step: int) -> None:
+    def scalars(self, prefix: str, values: Mapping[str, float], step: int) -> None:
         """To TensorBoard alone."""
         if self._board is not None:
             for name, value in values.items():
-                if value is not None:
-                    self._board.add_scalar(f"{prefix}/{name}", value, step)
+                self._board.add_scalar(f"{prefix}/{name}", value, step)
 
     def sync(self) -> None:
         """Flush all to the disk."""
@@ -265,7 +306,6 @@ class _Training:
     evaluation: Evaluation
     reporter: Reporter
     logs: _Logs
-    stop: _Stop
     again: str
     rate: float = 0.0  # updates a second
     spoke: float = -math.inf  # when the last line was written
@@ -286,13 +326,12 @@ class _Training:
                 until_due = min(interval - learner.step % interval for interval in intervals)
                 updates = min(updates, until_due, run.steps - learner.step)
                 started = time.perf_counter()
-                learner.fit(self.dataset, updates, log_interval=run.log_interval, on_log=self._log, progress=False)
+                with interrupts.held():
+                    learner.fit(self.dataset, updates, log_interval=run.log_interval, on_log=self._log, progress=False)
                 self.rate = updates / (time.perf_counter() - started)
                 for _ in range(updates):
                     advance()
                 updates = max(1, min(2 * updates, int(self.rate * STOP_SECONDS)))
-                if self.stop.requested:
-                    self._interrupted()
                 if self._evaluation_due():
                     self._evaluate()
                 if learner.step % run.checkpoint_interval == 0 and learner.step < run.steps:
@@ -312,11 +351,6 @@ class _Training:
         self.logs.train.write([record])
         metrics = {name: value for name, value in record.items() if name != "step"}
         self.logs.scalars("train", {**metrics, "updates_per_second": self.rate}, step)
-        if not math.isfinite(record["critic_loss"]) or not math.isfinite(record["bc_loss"]):
-            raise ArithmeticError(
-                f"training diverged: in update {step} the critic's loss is {record['critic_loss']:g}, the behaviour "
-                f"model's {record['bc_loss']:g}; try a lower learning rate, or rewards of smaller scale"
-            )
         if time.monotonic() - self.spoke > LINE_SECONDS:
             self.spoke = time.monotonic()
             left = (self.run.steps - step) / self.rate if self.rate else math.nan
@@ -331,41 +365,45 @@ class _Training:
         assert make_env is not None
         run, step = self.run, self.learner.step
         self.reporter.line(f"update {step:,}: evaluating {run.eval_episodes} episodes for each number of flow steps")
-        try:
-            with self.stop.raising():
-                results = evaluate(
-                    self.learner.policy,
-                    make_env,
-                    episodes=run.eval_episodes,
-                    flow_steps=run.eval_flow_steps,
-                    seed=self.learner.config.seed,
-                    num_envs=run.eval_num_envs,
-                    behavior_cloning=run.eval_behavior_cloning,
-                    workers=run.eval_workers,
-                    score=score,
-                    # The bar of the training is on the screen.
-                    progress=False,
-                )
-        except KeyboardInterrupt:
-            self._interrupted()
+        results = evaluate(
+            self.learner.policy,
+            make_env,
+            episodes=run.eval_episodes,
+            flow_steps=run.eval_flow_steps,
+            seed=self.learner.config.seed,
+            num_envs=run.eval_num_envs,
+            behavior_cloning=run.eval_behavior_cloning,
+            workers=run.eval_workers,
+            score=score,
+            # The bar of the training is on the screen.
+            progress=False,
+        )
+        with interrupts.held():
+            self._keep(step, results)
+
+    def _keep(self, step: int, results: Sequence[EvaluationResult]) -> None:
+        """Write an evaluation down, and the learner if it is the best so far."""
         rows = [{"step": step, **{name: getattr(result, name) for name in EVAL_COLUMNS}} for result in results]
         self.logs.evaluation.write(rows)
+        scalars: dict[str, float] = {}
         for result in results:
-            scalars = {f"return/{result.label}": result.return_mean, f"success/{result.label}": result.success_mean}
-            self.logs.scalars("evaluation", scalars, step)
+            kinds = {"return": result.return_mean, "success": result.success_mean, "normalized": result.normalized_mean}
+            scalars |= {f"{kind}/{result.label}": mean for kind, mean in kinds.items() if mean is not None}
+        self.logs.scalars("evaluation", scalars, step)
+        self.learner.save_best(self.out / CHECKPOINT, scalars)
         self.reporter.results(f"update {step:,}", results)
 
-    def _interrupted(self) -> None:
+    def interrupted(self) -> None:
+        """Save, and raise what tells how to go on."""
         self._save()
-        raise InterruptedRunError(
-            f"{self.stop.requested or 'interrupted'}: saved after {self.learner.step:,} of {self.run.steps:,} updates; "
-            f"go on with: {self.again}"
-        )
+        name, done = interrupts.requested() or "interrupted", f"{self.learner.step:,} of {self.run.steps:,} updates"
+        raise InterruptedRunError(f"{name}: saved after {done}; go on with: {self.again}")
 
     def _save(self) -> None:
-        self.logs.sync()
-        self.learner.save(self.out / CHECKPOINT)
-        self.learner.policy.save_pretrained(self.out / POLICY)
+        with interrupts.held():
+            self.logs.sync()
+            save_checkpoint(self.learner, self.out / CHECKPOINT)
+            self.learner.policy.save_pretrained(self.out / POLICY)
 
 
 def _duration(seconds: float) -> str:

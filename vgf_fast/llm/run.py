@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from vgf_fast import locks
 from vgf_fast.config import MAX_SEED, TransportBudget, integer
 from vgf_fast.llm.baselines import BestOfN, TokenSearch
 from vgf_fast.llm.data import Message, read_rows, render_chat
@@ -89,14 +91,17 @@ def align_file(
     key = json.dumps([settings, dataclasses.asdict(budget), num_particles, seed], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     out.parent.mkdir(parents=True, exist_ok=True)
-    done = finished(out, digest)
-    for index, prompt in done.items():
-        if index >= len(prompts) or prompts[index] != prompt:
-            raise ValueError(f"{out} holds prompt {index} as {prompt[:40]!r}, which the prompts given do not")
-    if done:
-        report(f"going on after {len(done)} of {len(prompts)} prompts")
-    left = [index for index in range(len(prompts)) if index not in done]
-    with out.open("a", encoding="utf-8") as file, progress_bar("aligning", len(left), progress) as advance:
+    with out.open("a", encoding="utf-8") as file, contextlib.ExitStack() as rows:
+        if locks.lock(file.fileno()) is False:
+            raise locks.InUseError(f"{out} is in use by another process: wait, or choose another file")
+        done = finished(out, digest)
+        for index, prompt in done.items():
+            if index >= len(prompts) or prompts[index] != prompt:
+                raise ValueError(f"{out} holds prompt {index} as {prompt[:40]!r}, which the prompts given do not")
+        if done:
+            report(f"going on after {len(done)} of {len(prompts)} prompts")
+        left = [index for index in range(len(prompts)) if index not in done]
+        advance = rows.enter_context(progress_bar("aligning", len(left), progress))
         for index in left:
             result = aligner.align([prompts[index]], budget=budget, num_particles=num_particles, seed=seed + index)
             best = result.best[0]
