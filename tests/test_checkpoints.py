@@ -8,6 +8,7 @@ import textwrap
 import pytest
 import torch
 
+import vgf_fast as vgf
 from vgf_fast import checkpoints
 from vgf_fast.checkpoints import CheckpointError
 
@@ -106,11 +107,12 @@ def test_a_file_that_cannot_be_read_is_not_damaged(path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["null", "[1]", "3", "{", "[" * 100_000])
-def test_a_file_of_settings_that_holds_none_is_told(path, text):
-    file = path.with_name("config.json")
-    file.write_text(text)
+def test_a_file_of_settings_that_holds_none_is_told(tmp_path, text):
+    config = vgf.VGFConfig(observation_dim=2, action_dim=1, hidden_dims=(4,), behavior_hidden_dims=(4,))
+    vgf.VGFPolicy(config).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json (holds|is not JSON)"):
-        checkpoints.read_object(file)
+        vgf.VGFPolicy.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("moment", ["write", "os.fsync", "os.replace"])
