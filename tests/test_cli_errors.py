@@ -139,7 +139,7 @@ WRONG = [
     *(
         (f"evaluate --policy {{in}}/{name} --env Reacher-v5", 1, f"{name}.*{reason}")
         for name, reason in (
-            ("null", "config.json.* is None, expected"), ("list", r"config.json.* is \[1\], expected"),
+            ("null", "config.json holds null, expected"), ("list", r"config.json holds \[1\], expected"),
             ("text", "config.json is not JSON"), ("deep", "config.json is not JSON"),
             ("wide", "does not fit the configuration"), ("odd", "config.json.*particles is 2.5, expected an integer"),
             ("unknown", "config.json.*no field 'partcles'"), ("short", "model.safetensors is damaged"),
