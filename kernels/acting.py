@@ -1182,7 +1182,7 @@ def barrier_counter(device: torch.device) -> Tensor:
     that comes before that, or after ``COUNTERS``, records the zeroing of its own.
     """
     if device.type == "cpu":
-        return torch.zeros(1, dtype=torch.int32)
+        return torch.zeros(1, dtype=torch.int32, device="cpu")
     capturing = torch.cuda.is_current_stream_capturing()
     if device not in _pools:
         if capturing:

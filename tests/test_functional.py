@@ -84,7 +84,7 @@ def test_wrong_tensors(states, particles, error, message):
         (
             lambda: vgf.TransportBudget(1, 0.1, 0),
             ValueError,
-            r"TransportBudget.temperature is 0, expected a number in \(0",
+            r"TransportBudget.temperature is 0, expected a number in \[1e-12, 1e\+12\]",
         ),
         (lambda: vgf.VGFConfig(3, 0), ValueError, "VGFConfig.action_dim is 0"),
         (lambda: vgf.VGFConfig(3, 2, hidden_dims=()), ValueError, "VGFConfig.hidden_dims is"),

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from vgf_fast import reference
+from vgf_fast.ambient import neutral
+from vgf_fast.checks import check_weights
 from vgf_fast.layers import MLPWeights
 from vgf_fast.reference import FlowResult
 
@@ -130,16 +132,14 @@ def _pack(name: str, mlp: MLPWeights, observation_dim: int, action_dim: int) -> 
 
     mlp = mlp.detach()
     if mlp.weights[0].device.type == "cpu":
-        for group, tensors in zip(mlp._fields, mlp[:4], strict=False):
-            for i, tensor in enumerate(tensors):
-                if not tensor.isfinite().all():
-                    raise ValueError(f"{name}'s {group}[{i}] has values that are not finite, expected finite weights")
+        check_weights(name, mlp)
     return pack(*mlp, observation_dim, action_dim, mlp.weights[0].dtype)
 
 
 # --- the operations --------------------------------------------------------------------------------------------------
 
 
+@neutral
 @torch.no_grad()
 def critic_value_and_score(
     critic: MLPWeights, observations: Tensor, actions: Tensor, q_aggregation: str, backend: str
@@ -154,6 +154,7 @@ def critic_value_and_score(
     return kernel.values_and_score(packed, observations.detach(), actions.detach(), q_aggregation)
 
 
+@neutral
 @torch.no_grad()
 def behavior_flow(velocity: MLPWeights, observations: Tensor, noise: Tensor, steps: int, backend: str) -> Tensor:
     """Particles [B, N, A]: observations [B, O], noise [B, N, A] in float32 at least."""
@@ -165,6 +166,7 @@ def behavior_flow(velocity: MLPWeights, observations: Tensor, noise: Tensor, ste
     return kernel.behavior_flow(packed, observations.detach(), noise.detach(), steps)
 
 
+@neutral
 @torch.no_grad()
 def value_gradient_flow(
     critic: MLPWeights,

@@ -25,8 +25,8 @@ def _supports(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     try:
-        x = torch.ones(2, 16, dtype=dtype)
-        weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=dtype), 2)
+        x = torch.ones(2, 16, dtype=dtype, device="cpu")
+        weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=dtype, device="cpu"), 2)
         out = torch.ops.mkldnn._linear_pointwise(x, weight, None, "relu", [], "")
     except (AttributeError, RuntimeError):
         # Private operators of PyTorch, and not every CPU has them for bfloat16.
@@ -200,15 +200,15 @@ class BlockedCriticAtStates(BlockedAtStates):
 
     def score(self, actions: Tensor, aggregation: str = "mean") -> Tensor:
         """grad_a of the members' mean or minimum: [B, N, A]."""
-        score = torch.empty(actions.shape, dtype=actions.dtype)
+        score = torch.empty(actions.shape, dtype=actions.dtype, device="cpu")
         for start, chunk in _chunks(self.mlp, actions):
             self._score(chunk, start, aggregation, score[start : start + len(chunk)])
         return score
 
     def values_and_score(self, actions: Tensor, aggregation: str = "mean") -> tuple[Tensor, Tensor]:
         """Both."""
-        q = torch.empty(len(self.mlp.members), *actions.shape[:2], dtype=torch.float32)
-        score = torch.empty(actions.shape, dtype=actions.dtype)
+        q = torch.empty(len(self.mlp.members), *actions.shape[:2], dtype=torch.float32, device="cpu")
+        score = torch.empty(actions.shape, dtype=actions.dtype, device="cpu")
         for start, chunk in _chunks(self.mlp, actions):
             part = slice(start, start + len(chunk))
             self._score(chunk, start, aggregation, score[part], q[:, part])
@@ -269,7 +269,7 @@ def behavior_flow(velocity: BlockedMLP, observations: Tensor, noise: Tensor, ste
     field = BlockedAtStates(velocity, observations)
     action_weight, time_weight = member.rest[:-1], member.rest[-1:]
     (share,) = field.shares
-    out = torch.empty(noise.shape, dtype=noise.dtype)
+    out = torch.empty(noise.shape, dtype=noise.dtype, device="cpu")
     for start, x in _chunks(velocity, noise):
         for k in range(steps):
             field.shares[0] = torch.add(share, time_weight, alpha=k / steps)

@@ -22,6 +22,9 @@ Selection = Literal["max", "softmax", "random"]
 TargetReduce = Literal["mean", "max"]
 
 
+# Of temperatures and step sizes: float32 holds their quotients with scores, and the squares of these.
+SMALLEST, LARGEST = 1e-12, 1e12
+
 # What seeds may be: 64 bits with a sign, so that a seed and a small number more still seed torch.
 MAX_SEED = 2**63 - 1
 
@@ -129,8 +132,8 @@ class TransportBudget:
 
     def __post_init__(self) -> None:
         settle(self, integer, ["steps"], 0)
-        settle(self, real, ["step_size"], 0.0)
-        settle(self, real, ["temperature"], 0.0, low_open=True)
+        settle(self, real, ["step_size"], 0.0, LARGEST)
+        settle(self, real, ["temperature"], SMALLEST, LARGEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +179,7 @@ class VGFConfig:
         settle(self, choice, ["flow_q_aggregation", "target_q_aggregation"], get_args(Aggregation))
         settle(self, choice, ["particle_optimizer"], get_args(ParticleOptimizer))
         settle(self, choice, ["selection"], get_args(Selection))
-        settle(self, real, ["selection_temperature"], 0.0, low_open=True)
+        settle(self, real, ["selection_temperature"], SMALLEST, LARGEST)
         if self.amortized and self.particle_optimizer != "adam":
             raise ValueError(
                 f"VGFConfig.particle_optimizer is {self.particle_optimizer!r}, expected 'adam': amortized is True"

@@ -325,7 +325,7 @@ def picture(policy: VGFPolicy, dataset: Dataset, seed: int) -> Picture:
     assert flow.trajectory is not None
     assert flow.q is not None
     best = flow.q.mean(dim=0).argmax(dim=1)
-    acting = flow.particles[torch.arange(len(states)), best]
+    acting = flow.particles[torch.arange(len(states), device=best.device), best]
     travelled = (flow.trajectory[-1] - flow.trajectory[0]).norm(dim=-1).mean(dim=1)
     inside = acting.abs().amax(dim=1) < 0.8
     state = int(torch.where(inside, travelled, travelled - 10.0).argmax())

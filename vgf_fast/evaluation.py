@@ -238,7 +238,7 @@ def _run(
             seeds = {slot: _episode_seeds(seed, number) for slot, number in starting.items()}
             first = simulators.reset({slot: environment for slot, (environment, _) in seeds.items()})
             for slot, number in starting.items():
-                running[slot] = _Episode(number, first[slot], torch.Generator().manual_seed(seeds[slot][1]))
+                running[slot] = _Episode(number, first[slot], torch.Generator("cpu").manual_seed(seeds[slot][1]))
         actions = bounds.to_environment(_act(policy, [running[slot] for slot in sorted(running)], setting, chooser))
         outcomes = simulators.step(dict(zip(sorted(running), actions, strict=True)))
         for slot, outcome in outcomes.items():
@@ -263,7 +263,9 @@ def _run(
 def _act(policy: VGFPolicy, episodes: list[_Episode], setting: _Setting, chooser: torch.Generator) -> np.ndarray:
     """Actions [B, A] in [-1, 1], float64, for the episodes under way, in one call of the policy."""
     shape = (policy.config.particles, policy.config.action_dim)
-    noise = torch.stack([torch.randn(shape, generator=episode.noise) for episode in episodes])
+    noise = torch.stack(
+        [torch.randn(shape, generator=episode.noise, device="cpu", dtype=torch.float32) for episode in episodes]
+    )
     actions = policy.sample_actions(
         np.stack([episode.observation for episode in episodes]),
         flow_steps=setting.flow_steps,

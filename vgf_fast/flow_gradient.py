@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vgf_fast import backends, reference
+from vgf_fast.ambient import neutral
 from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights
 from vgf_fast.reference import ADAM_BETA1, ADAM_BETA2, ADAM_EPS
 
@@ -123,6 +124,7 @@ class _Flow(NamedTuple):
 # --- vector-Jacobian products ----------------------------------------------------------------------------------------
 
 
+@neutral
 def _pull_back(function: Callable[..., Any], inputs: Sequence[Tensor], gradient: Any) -> tuple[Tensor, ...]:
     """Gradients of the inputs from those of the outputs; the graph lives no longer than this call."""
     # torch.func, because autograd proper is switched off inside an operator.
@@ -137,6 +139,7 @@ def _chunks(mlp: MLPWeights, rest: Tensor) -> Iterator[slice]:
     return (slice(start, start + states) for start in range(0, rest.shape[0], states))
 
 
+@neutral
 def _flow_pull_back(
     critic: MLPWeights, flow: _Flow, states: Tensor, trajectory: Tensor, grad_q: Tensor | None, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -167,6 +170,7 @@ def _flow_pull_back(
     return grad_states, grad_x
 
 
+@neutral
 def _behavior_pull_back(
     velocity: MLPWeights, steps: int, states: Tensor, noise: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,8 @@
 action dimensions, hidden layers of 1024 units, and weights in float32 or bfloat16; it needs a GPU, or Triton's
 interpreter, where products of bfloat16 weights are PyTorch's. ``backend="auto"`` is "triton" for tensors on a GPU
 within these limits and "torch" otherwise. Weights are packed for the kernels at every call. On a CPU "triton" refuses
-weights that are not finite; on a GPU it does not look, because looking waits for the device.
+weights that are not finite, and either backend numbers that make a result that is not; on a GPU nothing is looked at,
+because looking waits for the device.
 
 Observations are [B, O], particles [B, N, A], values [E, B, N]; empty batches are fine.
 """
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from vgf_fast import backends, memory, reference
 from vgf_fast import flow_gradient as operators
+from vgf_fast.ambient import neutral
 from vgf_fast.backends import Backend, resolve_backend, triton_installed, triton_interpreted
-from vgf_fast.config import TransportBudget, integer
+from vgf_fast.checks import check_network, check_result
+from vgf_fast.config import LARGEST, SMALLEST, TransportBudget, integer, real
 from vgf_fast.networks import EnsembleMLP, VelocityField
 from vgf_fast.reference import FlowResult, MLPWeights
 
@@ -86,8 +89,8 @@ def _check_particles(
 
 
 def _check_temperature(temperature: float) -> None:
-    if not temperature > 0.0:
-        raise ValueError(f"temperature is {temperature!r}, expected a number > 0")
+    if not torch.compiler.is_compiling():
+        real("temperature", temperature, SMALLEST, LARGEST)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -114,6 +117,7 @@ def _critic_weights(critic: EnsembleMLP | MLPWeights) -> tuple[MLPWeights, int |
     if isinstance(critic, EnsembleMLP):
         return critic.stacked(), critic.observation_dim, critic.action_dim
     if isinstance(critic, MLPWeights):
+        check_network("critic", critic)
         return critic, None, None
     raise TypeError(f"critic is a {type(critic).__name__}, expected an EnsembleMLP or MLPWeights")
 
@@ -123,6 +127,8 @@ def _check_critic_input(
 ) -> tuple[MLPWeights, Tensor, Tensor]:
     weights, observation_dim, action_dim = _critic_weights(critic)
     device = weights.weights[0].device
+    if weights.weights[-1].shape[2] != 1:
+        raise ValueError(f"the critic has {weights.weights[-1].shape[2]} outputs, expected 1")
     states = _check_states(observations, "the critic", device, observation_dim)
     x = _check_particles(name, particles, states, "the critic", device, action_dim)
     width = weights.weights[0].shape[1]
@@ -146,6 +152,7 @@ def _check_memory(weights: MLPWeights, x: Tensor, scores: bool, **parts: int) ->
 # --- the API ---------------------------------------------------------------------------------------------------------
 
 
+@neutral
 def critic_value_and_score(
     critic: EnsembleMLP | MLPWeights,
     observations: Tensor,
@@ -161,7 +168,8 @@ def critic_value_and_score(
     members; the gradient of the minimum is that of the smallest member, action by action. ``flow_gradient`` is "none",
     without an autograd graph, or "exact": gradients of q and of the score, which are Hessian-vector products of the
     critic, reach observations and actions, never the critic's weights. The backward pass is PyTorch's on any backend.
-    Raises ``ValueError`` or ``TypeError`` naming the argument whose shape, dtype or device is wrong.
+    Raises ``ValueError`` or ``TypeError`` naming the argument whose shape, dtype or device is wrong and, on a CPU, that
+    is not finite.
     """
     weights, states, x = _check_critic_input(critic, observations, actions, "actions")
     _check_choice("q_aggregation", q_aggregation, ("mean", "min"))
@@ -170,9 +178,13 @@ def critic_value_and_score(
     states, x = _without_graph(flow_gradient, states, x.to(_particle_dtype(x)))
     if _uses_operator(flow_gradient):
         return operators.critic_op(*operators.flat(weights.detach()), states, x, q_aggregation, backend)
-    return backends.critic_value_and_score(weights, states, x, q_aggregation, backend)
+    q, score = backends.critic_value_and_score(weights, states, x, q_aggregation, backend)
+    for result in (q, score):
+        check_result(result, ("critic", weights), observations=states, actions=x)
+    return q, score
 
 
+@neutral
 def svgd_direction(
     particles: Tensor,
     score: Tensor,
@@ -186,7 +198,7 @@ def svgd_direction(
 
     particles, score [B, N, A] -> phi [B, N, A]. ``bandwidth_gradient=True`` differentiates the median too, as the
     public release does; ``repulsion=False`` is the paper's simplified direction (1/N) sum_j K_ij G_j.
-    Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong.
+    Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong and, on a CPU, that is not finite.
     """
     x = _check_tensor("particles", particles, "(B, N, A)", 3)
     if x.shape[1] < 1:
@@ -202,9 +214,12 @@ def svgd_direction(
         from vgf_fast.kernels import svgd
 
         return svgd.svgd_direction(x, g, temperature, bandwidth_gradient, repulsion).to(dtype)
-    return reference.svgd_direction(x.to(dtype), g.to(dtype), temperature, bandwidth_gradient, repulsion)
+    phi = reference.svgd_direction(x.to(dtype), g.to(dtype), temperature, bandwidth_gradient, repulsion)
+    check_result(phi, particles=x, score=g)
+    return phi
 
 
+@neutral
 def behavior_flow(
     velocity: VelocityField | MLPWeights,
     observations: Tensor,
@@ -218,11 +233,14 @@ def behavior_flow(
 
     observations [B, O], noise [B, N, A] -> particles [B, N, A]. ``flow_gradient`` as in ``value_gradient_flow``, with
     the noise for the initial particles.
-    Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong.
+    Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong and, on a CPU, that is not finite.
     """
     if isinstance(velocity, VelocityField):
         weights, observation_dim, action_dim = velocity.stacked(), velocity.observation_dim, velocity.action_dim
     elif isinstance(velocity, MLPWeights):
+        check_network("velocity", velocity)
+        if velocity.weights[0].shape[0] != 1:
+            raise ValueError(f"the velocity field has {velocity.weights[0].shape[0]} members, expected 1")
         weights, observation_dim, action_dim = velocity, None, velocity.weights[-1].shape[2]
     else:
         raise TypeError(f"velocity is a {type(velocity).__name__}, expected a VelocityField or MLPWeights")
@@ -241,9 +259,12 @@ def behavior_flow(
     states, x = _without_graph(flow_gradient, states, x.to(_particle_dtype(x)))
     if _uses_operator(flow_gradient):
         return operators.behavior_op(*operators.flat(weights.detach()), states, x, steps, backend, flow_gradient)
-    return backends.behavior_flow(weights, states, x, steps, backend)
+    drawn = backends.behavior_flow(weights, states, x, steps, backend)
+    check_result(drawn, ("velocity", weights), observations=states, noise=x)
+    return drawn
 
 
+@neutral
 def value_gradient_flow(
     critic: EnsembleMLP | MLPWeights,
     observations: Tensor,
@@ -271,7 +292,7 @@ def value_gradient_flow(
     recomputes every step from its particles, and cannot be differentiated again. "identity": the initial particles
     receive the gradient of the moved ones unchanged (and, of q, that of Q at the moved ones), observations none.
     The critic's weights never receive gradients.
-    Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong.
+    Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong and, on a CPU, that is not finite.
     """
     weights, states, x = _check_critic_input(critic, observations, particles, "particles")
     if not isinstance(budget, TransportBudget):
@@ -298,11 +319,16 @@ def value_gradient_flow(
         backend,
     )
     if not _uses_operator(flow_gradient):
-        return backends.value_gradient_flow(weights, *options)
+        result = backends.value_gradient_flow(weights, *options)
+        # Particles that are not finite have no finite values.
+        shown = result.particles if result.q is None else result.q
+        check_result(shown, ("critic", weights), observations=states, particles=x)
+        return result
     moved, q, trajectory = operators.flow_op(*operators.flat(weights.detach()), *options, flow_gradient)
     return FlowResult(moved, q if evaluate else None, trajectory if return_trajectory else None)
 
 
+@neutral
 def select_particle(
     particles: Tensor,
     q: Tensor,
@@ -316,7 +342,7 @@ def select_particle(
 
     "max": the largest q, the first among equals. "softmax": probability proportional to exp(q / temperature).
     "random": every particle alike. The latter two draw one number a state from ``generator``.
-    Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong.
+    Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong and, on a CPU, that is not finite.
     """
     x = _check_tensor("particles", particles, "(B, N, A)", 3)
     values = _check_tensor("q", q, "(B, N)", 2)
@@ -327,6 +353,10 @@ def select_particle(
     _check_device("q", values, "particles", x.device)
     _check_choice("mode", mode, ("max", "softmax", "random"))
     _check_temperature(temperature)
+    if values.is_cpu and not torch.compiler.is_compiling():
+        # Minus infinity leaves a particle out.
+        largest = values.amax(dim=1)
+        check_result(largest, q=largest)
     uniform = None
     if mode != "max":
         uniform = torch.rand(x.shape[0], device=x.device, dtype=torch.float32, generator=generator)
@@ -337,6 +367,7 @@ def select_particle(
     return reference.select_particle(x, values, mode, temperature, uniform)
 
 
+@neutral
 def td_target(
     q: Tensor,
     rewards: Tensor,
@@ -349,7 +380,7 @@ def td_target(
 ) -> Tensor:
     """TD target y = r + discount * mask * reduce_n Q_agg(s', x_n): q [E, B, N], rewards [B], masks [B] -> y [B].
 
-    Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong.
+    Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong and, on a CPU, that is not finite.
     """
     values = _check_tensor("q", q, "(E, B, N)", 3)
     if values.shape[0] < 1 or values.shape[2] < 1:
@@ -361,8 +392,12 @@ def td_target(
             raise ValueError(f"{name} has shape {_shape(tensor)}, expected ({values.shape[1]},): one number a state")
     _check_choice("q_aggregation", q_aggregation, ("mean", "min"))
     _check_choice("reduce", reduce, ("mean", "max"))
+    if not torch.compiler.is_compiling():
+        real("discount", discount, 0.0, 1.0)
     if resolve_backend(backend, values.device, values.shape[2], 1, values.dtype) == "triton":
         from vgf_fast.kernels import selection
 
         return selection.td_target(values, rewards, masks, discount, q_aggregation, reduce)
-    return reference.td_target(values, rewards, masks, discount, q_aggregation, reduce)
+    target = reference.td_target(values, rewards, masks, discount, q_aggregation, reduce)
+    check_result(target, q=values, rewards=rewards, masks=masks)
+    return target

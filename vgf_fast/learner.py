@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from vgf_fast import checkpoints, functional, fused, interrupts, reference
+from vgf_fast.ambient import neutral
 from vgf_fast.arrays import as_tensor
+from vgf_fast.checks import results_left
 from vgf_fast.config import TrainConfig, VGFConfig, integer, integers
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache, addresses
 from vgf_fast.kernels import ranges
 from vgf_fast.networks import VelocityField
-from vgf_fast.policy import VGFPolicy
+from vgf_fast.policy import VGFPolicy, generator_state, restored_generator
 from vgf_fast.progress import progress_bar
 from vgf_fast.reference import MLPWeights
 
@@ -43,6 +45,7 @@ class Learner:
     batch and noise, as a CUDA graph where the kernels run on a GPU; the numbers are the same without.
     """
 
+    @neutral
     def __init__(
         self,
         policy: VGFPolicy,
@@ -79,8 +82,17 @@ class Learner:
             for name, (module, rate) in networks.items()
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, a file or another process, none of which can take a generator: its state stands for it."""
+        return {**self.__dict__, "generator": generator_state(self.generator)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.generator = restored_generator(state["generator"], self.policy.device, self.config.seed)
+
     # --- one update -------------------------------------------------------------------------------------------------
 
+    @neutral
     def update(
         self, batch: Mapping[str, Any], noise: Mapping[str, Any] | None = None, *, check: bool = True
     ) -> dict[str, Tensor]:
@@ -106,9 +118,10 @@ class Learner:
 
         return self._run(one, tuple(data.values()), ("update", size))
 
+    @torch.enable_grad()
     def _update(self, data: dict[str, Tensor], draws: dict[str, Tensor]) -> dict[str, Tensor]:
         """One update from checked tensors; on the Triton backend nothing in it waits for the device."""
-        with ranges.span("vgf/update"):
+        with ranges.span("vgf/update"), results_left():
             if fused.runs(self.policy, self._compute_dtype()):
                 return self._kernel_update(data, draws)
             return self._torch_update(data, draws)
@@ -336,7 +349,9 @@ class Learner:
             raise ValueError(
                 f"{name} is on {tensor.device}, but the policy is on {self.policy.device}: move one of them"
             )
-        return tensor.to(self.policy.device, self.policy.dtype)
+        tensor = tensor.to(self.policy.device, self.policy.dtype)
+        # A tensor of inference mode cannot be kept for a backward pass.
+        return tensor.clone() if tensor.is_inference() else tensor
 
     def _noise(self, noise: Mapping[str, Any] | None, size: int, check: bool = True) -> dict[str, Tensor]:
         config = self.policy.config
@@ -487,6 +502,7 @@ class Learner:
         finally:
             training.close()
 
+    @neutral
     def _updates(self, dataset: Dataset, limit: int) -> dict[str, Tensor]:
         """At least one and at most ``limit`` updates on batches of a dataset; the metrics of the last one."""
         size = self.config.batch_size
@@ -570,6 +586,7 @@ class Learner:
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
+    @neutral
     def save(self, directory: str | os.PathLike[str], score: float | None = None) -> Path:
         """Write everything a resumed run needs to ``learner.safetensors`` in a directory, whole or not at all.
 
@@ -616,6 +633,7 @@ class Learner:
             self.save(path, max(scores))
 
     @classmethod
+    @neutral
     def resume(
         cls, directory: str | os.PathLike[str], device: str | torch.device | None = None, backend: Backend = "auto"
     ) -> Learner:

@@ -49,12 +49,14 @@ class StackedMLP(nn.Module):
         for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             scale = output_scale if i + 2 == len(widths) else 1.0
             limit = math.sqrt(6.0 * scale / (fan_in + fan_out))
-            weight = torch.empty(members, fan_in, fan_out, dtype=torch.float32)
+            weight = torch.empty(members, fan_in, fan_out, dtype=torch.float32, device="cpu")
             self.weights.append(nn.Parameter(weight.uniform_(-limit, limit, generator=generator)))
-            self.biases.append(nn.Parameter(torch.zeros(members, fan_out, dtype=torch.float32)))
+            bias = torch.zeros(members, fan_out, dtype=torch.float32, device="cpu")
+            self.biases.append(nn.Parameter(bias))
         normed = hidden_dims if layer_norm else ()
-        self.norm_scales = nn.ParameterList(nn.Parameter(torch.ones(members, w, dtype=torch.float32)) for w in normed)
-        self.norm_biases = nn.ParameterList(nn.Parameter(torch.zeros(members, w, dtype=torch.float32)) for w in normed)
+        ones = [torch.ones(members, width, dtype=torch.float32, device="cpu") for width in normed]
+        self.norm_scales = nn.ParameterList(map(nn.Parameter, ones))
+        self.norm_biases = nn.ParameterList(nn.Parameter(torch.zeros_like(one)) for one in ones)
 
     def stacked(self) -> MLPWeights:
         """The parameters as the backends take them; no copy."""
@@ -170,7 +172,7 @@ class GaussianBehavior(StackedMLP):
         self.observation_dim = observation_dim
         self.action_dim = action_dim
         self.tanh = tanh
-        self.log_std = nn.Parameter(torch.zeros(action_dim, dtype=torch.float32))
+        self.log_std = nn.Parameter(torch.zeros(action_dim, dtype=torch.float32, device="cpu"))
 
     def forward(self, observations: Tensor) -> Tensor:
         """Mean before the squash: observations [B, O] -> [B, A]; differentiable."""

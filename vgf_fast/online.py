@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vgf_fast import checkpoints, interrupts
+from vgf_fast.ambient import neutral
 from vgf_fast.config import MAX_SEED, integer, integers, real
 from vgf_fast.data.replay import ReplayBuffer
 from vgf_fast.evaluation import Score, check_environment, evaluate
@@ -148,6 +149,7 @@ class OnlineTraining:
                 metrics = self.learner.update(self.sample(self.learner.config.batch_size), check=False)
         return metrics
 
+    @neutral
     def sample(self, batch_size: int) -> dict[str, Tensor]:
         """A batch in the style of this training, on the policy's device."""
         if self.style != "half_and_half":
@@ -251,6 +253,7 @@ class OnlineTraining:
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
+    @neutral
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the learner and what it met to a directory; a kill in between leaves the last whole pair.
 
@@ -282,6 +285,7 @@ class OnlineTraining:
                 old.unlink()
         return path
 
+    @neutral
     def restore(self, directory: str | os.PathLike[str]) -> None:
         """Take up what ``save`` wrote beside the learner that this training was made with.
 

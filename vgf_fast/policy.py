@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from vgf_fast import checkpoints, functional, fused, graphs, memory, reference
+from vgf_fast.ambient import neutral
 from vgf_fast.arrays import as_tensor
 from vgf_fast.bounds import ActionBounds
+from vgf_fast.checks import check_finite
 from vgf_fast.config import MAX_SEED, Selection, TransportBudget, VGFConfig, choice, config_from_reference, integer
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache
@@ -40,6 +42,7 @@ class VGFPolicy(nn.Module):
     model; None leaves the choice to ``kernels.launch``.
     """
 
+    @neutral
     def __init__(
         self,
         config: VGFConfig,
@@ -59,7 +62,7 @@ class VGFPolicy(nn.Module):
         self.cuda_graph = cuda_graph
         self.one_launch = one_launch
         self._graphs = GraphCache("acting")
-        init = torch.Generator().manual_seed(self.seed)
+        init = torch.Generator("cpu").manual_seed(self.seed)
         sizes = (config.observation_dim, config.action_dim)
         self.critic = EnsembleMLP(
             *sizes, config.hidden_dims, config.members, config.layer_norm, config.activation, generator=init
@@ -81,6 +84,7 @@ class VGFPolicy(nn.Module):
                 *sizes, config.hidden_dims, config.layer_norm, config.activation, generator=init
             )
         self._generator: torch.Generator | None = None
+        self._generator_state: GeneratorState | None = None  # of the generator that is yet to be made
         if device is not None:
             self.to(device)
         fused.runs(self, self.dtype)
@@ -106,8 +110,14 @@ class VGFPolicy(nn.Module):
     def generator(self) -> torch.Generator:
         """Random numbers of acting, on the policy's device; seeded with ``seed`` when first used there."""
         if self._generator is None or self._generator.device != self.device:
-            self._generator = torch.Generator(self.device).manual_seed(self.seed)
+            self._generator = restored_generator(self._generator_state, self.device, self.seed)
+            self._generator_state = None
         return self._generator
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, a file or another process, none of which can take a generator: its state stands for it."""
+        state = generator_state(self._generator) if self._generator is not None else self._generator_state
+        return {**self.__dict__, "_generator": None, "_generator_state": state}
 
     @property
     def action_bounds(self) -> ActionBounds | None:
@@ -130,6 +140,7 @@ class VGFPolicy(nn.Module):
 
     # --- acting -----------------------------------------------------------------------------------------------------
 
+    @neutral
     @torch.no_grad()
     def sample_actions(
         self,
@@ -147,7 +158,8 @@ class VGFPolicy(nn.Module):
         ``flow_steps`` overrides the number of steps of ``config.test_budget`` (0 is best-of-N), ``selection`` how a
         particle is chosen. ``noise`` [N, A] or [B, N, A] are the standard normal numbers the particles start from; else
         they come from ``generator``, else from the policy's own.
-        Raises ``ValueError`` or ``TypeError`` for wrong shapes, dtypes, or numbers that are not finite.
+        Raises ``ValueError`` or ``TypeError`` for wrong shapes or dtypes and, on a CPU, for observations, noise or
+        weights that are not finite in the dtype they are used in; a GPU is not waited for, and acts on them.
         """
         states, single = self._states(observations)
         budget = self._test_budget(flow_steps)
@@ -156,6 +168,8 @@ class VGFPolicy(nn.Module):
             generator = self.generator
         elif not isinstance(generator, torch.Generator):
             raise TypeError(f"generator is {generator!r}, expected a torch.Generator, such as one with manual_seed(0)")
+        if generator.device.type != self.device.type:
+            raise ValueError(f"generator is on {generator.device}, but the policy is on {self.device}")
         selection = self.config.selection if selection is None else choice("selection", selection, get_args(Selection))
         start = self._noise(noise, len(states), single, generator)
         with ranges.span("vgf/act"):
@@ -208,6 +222,7 @@ class VGFPolicy(nn.Module):
     def _can_capture(self) -> bool:
         return self.cuda_graph and self.device.type == "cuda"
 
+    @neutral
     def predict(
         self,
         observation: NDArray[Any] | Tensor,
@@ -226,12 +241,15 @@ class VGFPolicy(nn.Module):
             return self._in_units(self.sample_actions(observation)).cpu().numpy(), state
         states, single = self._states(observation)
         self.check_memory(len(states), self.config.test_budget)
-        fixed = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(self.config.particles, self.config.action_dim, generator=fixed, dtype=torch.float32)
+        shape = (self.config.particles, self.config.action_dim)
+        # Drawn on the CPU: a GPU's numbers are others.
+        fixed = torch.Generator("cpu").manual_seed(self.seed)
+        noise = torch.randn(shape, generator=fixed, device="cpu", dtype=torch.float32).to(self.device)
         noise = noise.expand(len(states), -1, -1)
         action = self._in_units(self.sample_actions(states, noise=noise, selection="max")).cpu().numpy()
         return action[0] if single else action, state
 
+    @neutral
     def select_action(self, observation: Mapping[str, Any] | Tensor | NDArray[Any]) -> Tensor:
         """LeRobot's: an observation [O] or [B, O], or a dict with it under "observation.state" -> action [A] or [B, A].
 
@@ -265,22 +283,29 @@ class VGFPolicy(nn.Module):
             pairs=moving,
         )
 
+    @neutral
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VGFPolicy:
+        return super()._apply(fn, recurse)
+
     # --- the parts of acting and of learning ------------------------------------------------------------------------
 
+    @neutral
     def draw_particles(self, observations: Tensor, noise: Tensor, weights: MLPWeights | None = None) -> Tensor:
         """Particles of the behaviour model: observations [B, O], noise [B, N, A] -> [B, N, A] in [-1, 1].
 
         ``weights`` replaces the behaviour model's, for instance by a copy in bfloat16.
         """
         behavior = self.behavior
-        weights = weights or behavior.stacked()
         with ranges.span("vgf/behavior_flow"):
             if isinstance(behavior, VelocityField):
                 steps = self.config.behavior_steps
-                return functional.behavior_flow(weights, observations, noise, steps, backend=self.backend)
-            mean = reference.mlp_forward(weights.detach(), observations).squeeze(0).to(noise.dtype)
+                return functional.behavior_flow(weights or behavior, observations, noise, steps, backend=self.backend)
+            mean = (
+                reference.mlp_forward((weights or behavior.stacked()).detach(), observations).squeeze(0).to(noise.dtype)
+            )
             return reference.gaussian_sample(mean, behavior.log_std.detach().to(noise.dtype), noise, behavior.tanh)
 
+    @neutral
     def flow_particles(
         self,
         observations: Tensor,
@@ -350,18 +375,15 @@ class VGFPolicy(nn.Module):
                 f"observations has shape {tuple(states.shape)}, expected ({width},) or (*, {width}): "
                 "config.observation_dim"
             )
-        # On a GPU the check would stall the launch queue for every action.
-        if states.device.type == "cpu" and not torch.isfinite(states).all():
-            bad = (~torch.isfinite(states.reshape(-1, width))).any(dim=1).nonzero()[0].item()
-            raise ValueError(f"observations has NaN or infinity in row {bad}, expected finite numbers")
         single = states.ndim == 1
-        return (states.unsqueeze(0) if single else states), single
+        states = states.unsqueeze(0) if single else states
+        # On a GPU the check would stall the launch queue for every action.
+        check_finite("observations", states, self.dtype)
+        return states, single
 
     def _noise(self, noise: Tensor | ArrayLike | None, batch: int, single: bool, generator: torch.Generator) -> Tensor:
         shape = (batch, self.config.particles, self.config.action_dim)
         if noise is None:
-            if generator.device.type != self.device.type:
-                raise ValueError(f"generator is on {generator.device}, but the policy is on {self.device}")
             with ranges.span("vgf/noise"):
                 return torch.randn(shape, generator=generator, device=self.device, dtype=self.particle_dtype)
         tensor = self._as_tensor("noise", noise, self.particle_dtype)
@@ -369,6 +391,7 @@ class VGFPolicy(nn.Module):
             tensor = tensor.unsqueeze(0)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"noise has shape {tuple(tensor.shape)}, expected {shape}: (B, particles, action_dim)")
+        check_finite("noise", tensor, self.dtype)
         return tensor
 
     def _test_budget(self, flow_steps: int | None) -> TransportBudget:
@@ -414,6 +437,7 @@ class VGFPolicy(nn.Module):
         config = VGFConfig.from_dict({**sizes, **overrides})
         return cls(config, device=device, backend=backend, seed=seed)
 
+    @neutral
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Write ``model.safetensors`` and ``config.json`` to a directory, each whole or not at all; returns it."""
         path = Path(directory)
@@ -423,6 +447,7 @@ class VGFPolicy(nn.Module):
         return path
 
     @classmethod
+    @neutral
     def from_pretrained(
         cls,
         directory: str | os.PathLike[str],
@@ -452,6 +477,7 @@ class VGFPolicy(nn.Module):
         return policy.to(device) if device is not None else policy
 
     @classmethod
+    @neutral
     def from_reference_parameters(
         cls,
         arrays: Mapping[str, Any],
@@ -502,6 +528,26 @@ class VGFPolicy(nn.Module):
         from vgf_fast.reference_checkpoint import read_parameters
 
         return cls.from_reference_parameters(read_parameters(path), config, device, backend, seed)
+
+
+class GeneratorState(NamedTuple):
+    """Where random numbers go on."""
+
+    device: str  # its type
+    state: bytes
+
+
+def generator_state(generator: torch.Generator) -> GeneratorState:
+    """A generator's state, which ``restored_generator`` takes up."""
+    return GeneratorState(generator.device.type, generator.get_state().numpy().tobytes())
+
+
+def restored_generator(state: GeneratorState | None, device: torch.device, seed: int) -> torch.Generator:
+    """A generator on a device that goes on from a state; without one of this kind of device, from ``seed``."""
+    generator = torch.Generator(device).manual_seed(seed)
+    if state is not None and state.device == device.type:
+        generator.set_state(torch.frombuffer(bytearray(state.state), dtype=torch.uint8))
+    return generator
 
 
 def _reference_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:

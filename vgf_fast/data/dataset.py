@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
+from vgf_fast.ambient import neutral
 from vgf_fast.arrays import as_tensor
 from vgf_fast.bounds import TOLERANCE, ActionBounds
 from vgf_fast.memory import check_fits
@@ -92,7 +93,12 @@ class Dataset:
         self.rewards = fields["rewards"]
         self.masks = fields["masks"]
 
+    def __reduce__(self) -> tuple[type[Dataset], tuple[torch.Tensor, torch.Tensor, int, int]]:
+        """The fields stay views of one matrix in what is read back."""
+        return Dataset, (self._storage, self.terminals, self._observation_dim, self._action_dim)
+
     @classmethod
+    @neutral
     def from_arrays(
         cls,
         *,
@@ -189,6 +195,7 @@ class Dataset:
             "masks": rows[:, 2 * o + a + 1],
         }
 
+    @neutral
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
         """Draw transitions uniformly with replacement, on the dataset's device.
 
@@ -217,6 +224,7 @@ class Dataset:
         index = torch.randint(rows, (int(batch_size),), generator=generator, device=self.device)
         return self._split(self._storage.index_select(0, index))
 
+    @neutral
     def take(self, index: Sequence[int] | Array) -> dict[str, torch.Tensor]:
         """The transitions at `index` [B], integers in [0, M), as `sample` returns them.
 
@@ -234,6 +242,7 @@ class Dataset:
             raise IndexError(f"index holds {int(rows[bad][0])}, expected in [0, {self.size})")
         return self._split(self._storage.index_select(0, rows))
 
+    @neutral
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Dataset:
         """The same transitions on another device or in another floating dtype; this very dataset if nothing changes.
 
@@ -253,6 +262,7 @@ class Dataset:
                 check_column(name, field, getattr(moved, name))
         return moved
 
+    @neutral
     def statistics(self) -> DatasetStatistics:
         """Counts, returns and successes; a last trajectory that was cut off counts as one."""
         ends = self.terminals.clone()
@@ -342,7 +352,7 @@ def check_storage(device: torch.device | str | None, dtype: torch.dtype) -> torc
     if dtype not in DTYPES:
         raise TypeError(f"dtype is {dtype}, expected a floating dtype of torch: {', '.join(map(str, DTYPES))}")
     try:
-        place = torch.zeros((), device="cpu" if device is None else device).device
+        place = torch.zeros((), dtype=torch.float32, device="cpu" if device is None else device).device
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise ValueError(f"device is {str(device)!r}, which transitions cannot lie on: {reason}") from error

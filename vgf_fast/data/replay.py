@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vgf_fast.ambient import neutral
 from vgf_fast.arrays import as_tensor
 from vgf_fast.config import integer
 from vgf_fast.data.dataset import ACTION_CLIP, ACTION_TOLERANCE, Dataset, allocate, check_storage
@@ -17,6 +18,7 @@ class ReplayBuffer:
     All memory is taken at the start. A row is that of ``Dataset``: observation, action, next observation, reward, mask.
     """
 
+    @neutral
     def __init__(
         self,
         capacity: int,
@@ -35,14 +37,15 @@ class ReplayBuffer:
         observation_dim = integer("observation_dim", observation_dim, 1)
         action_dim = integer("action_dim", action_dim, 1)
         place = check_storage(device, dtype)
-        self._storage = allocate(capacity, 2 * observation_dim + action_dim + 2, dtype, place).zero_()
+        storage = allocate(capacity, 2 * observation_dim + action_dim + 2, dtype, place).zero_()
         ends = torch.zeros(capacity, dtype=torch.bool, device=place)
         # All rows as a data set, for its views of the fields; what is sampled are the filled ones.
-        self._rows = Dataset(self._storage, ends, observation_dim, action_dim)
+        self._rows = Dataset(storage, ends, observation_dim, action_dim)
         self.size = 0
         self.cursor = 0  # where the next transition goes
 
     @classmethod
+    @neutral
     def of(cls, dataset: Dataset, capacity: int) -> ReplayBuffer:
         """A buffer that begins with a data set's transitions; it holds at least one more than they are."""
         buffer = cls(
@@ -55,6 +58,10 @@ class ReplayBuffer:
         return buffer
 
     @property
+    def _storage(self) -> torch.Tensor:
+        return self._rows._storage
+
+    @property
     def capacity(self) -> int:
         """Most transitions it can hold."""
         return self._storage.shape[0]
@@ -64,6 +71,7 @@ class ReplayBuffer:
         """Where the transitions lie."""
         return self._storage.device
 
+    @neutral
     def add(self, observation: Any, action: Any, next_observation: Any, reward: float, mask: float) -> None:
         """Add a transition: observation and next_observation [O], action [A] in [-1, 1], mask in [0, 1].
 
@@ -97,6 +105,7 @@ class ReplayBuffer:
         self.cursor = (self.cursor + 1) % self.capacity
         self.size = min(self.size + 1, self.capacity)
 
+    @neutral
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
         """Transitions drawn uniformly with replacement, as ``Dataset.sample``. Raises ``ValueError`` when empty."""
         if self.size == 0:
@@ -107,6 +116,7 @@ class ReplayBuffer:
         """What ``restore`` takes: the filled rows, and counts."""
         return {"rows": self._storage[: self.size]}, {"capacity": self.capacity, "cursor": self.cursor}
 
+    @neutral
     def restore(self, tensors: dict[str, torch.Tensor], counts: dict[str, int]) -> None:
         """Become what ``state`` was taken of. Raises ``ValueError`` for another capacity or width."""
         rows = tensors["rows"]

@@ -101,7 +101,7 @@ class TokenSearch(Aligner):
         key = (particle.prompt, particle.ids)
         context, ids = run.contexts[particle.prompt], list(particle.ids)
         table = self.reward.table.float()
-        now = torch.tensor(ids, device=table.device)
+        now = torch.tensor(ids, dtype=torch.long, device=table.device)
         gradient = run.gradients[key]
         gain: Tensor = gradient @ table.T - (gradient * table[now]).sum(-1, keepdim=True)
         run.usage.vocabulary_rows += len(ids)
@@ -114,7 +114,7 @@ class TokenSearch(Aligner):
         if bound is not None:
             likely = self.reference.conditionals(context, ids, run.usage)
             lost = likely - likely.gather(1, now[:, None])
-            least = -torch.tensor(bound).log().item() * (len(ids) + 1)
+            least = -torch.tensor(bound, dtype=torch.float32, device="cpu").log().item() * (len(ids) + 1)
             gain[lost + run.log_probabilities[key] + self.slack < least] = -torch.inf
         best = gain.flatten().topk(min(self.proposals, gain.numel()))
         texts = []

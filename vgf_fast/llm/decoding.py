@@ -81,7 +81,9 @@ class BeamDecoder:
         self.begins = vocabulary.allowed & ~vocabulary.continues
         self.squares = squared_norms(table)
         # Added to log-probabilities: one pass over them, where a mask would take two.
-        self.forbidden = torch.zeros(vocabulary.size, device=table.device).masked_fill(~vocabulary.allowed, -torch.inf)
+        self.forbidden = torch.zeros(vocabulary.size, dtype=torch.float32, device=table.device).masked_fill(
+            ~vocabulary.allowed, -torch.inf
+        )
 
     def near(self, particles: Tensor) -> Tensor:
         """Tokens [R, T, top_flow] nearest to particles [R, T, d] that may begin a word."""
@@ -117,7 +119,7 @@ class BeamDecoder:
         going = list(range(rows))
         while going:
             weights = [self.how.weights[place[i]] for i in going]
-            index = torch.tensor(going, device=particles.device)
+            index = torch.tensor(going, dtype=torch.long, device=particles.device)
             beams = self.beams(
                 [prompts[i] for i in going], particles[index], near[index], [current[i] for i in going], weights, usage
             )
@@ -187,14 +189,14 @@ class BeamDecoder:
         width = self.how.width
         distinct = list(dict.fromkeys(map(tuple, prompts)))
         read = self.reference.read([list(p) for p in distinct], usage)
-        whose = torch.tensor([distinct.index(tuple(p)) for p in prompts], device=device)
+        whose = torch.tensor([distinct.index(tuple(p)) for p in prompts], dtype=torch.long, device=device)
         state = self.reference.select(read, whose)
         alive = list(range(len(current)))  # particles whose responses go on
         beams: list[list[tuple[int, ...]]] = [[()] for _ in current]
         words: list[list[tuple[int, ...]]] = [[()] for _ in current]  # pieces of the word that is being spelled
-        score = torch.zeros(len(current), 1, device=device)
-        total = torch.zeros(len(current), 1, device=device)
-        weight = torch.tensor(weights, device=device)
+        score = torch.zeros(len(current), 1, dtype=torch.float32, device=device)
+        total = torch.zeros(len(current), 1, dtype=torch.float32, device=device)
+        weight = torch.tensor(weights, dtype=torch.float32, device=device)
         done: list[list[Hypothesis]] = [[] for _ in current]
         for position in range(max(map(len, current)) + 1):
             state, alive, score, total, weight = self._finish(
@@ -202,8 +204,8 @@ class BeamDecoder:
             )
             if not alive:
                 break
-            index = torch.tensor(alive, device=device)
-            now = torch.tensor([current[i][position] for i in alive], device=device)
+            index = torch.tensor(alive, dtype=torch.long, device=device)
+            now = torch.tensor([current[i][position] for i in alive], dtype=torch.long, device=device)
             count = score.shape[1]
             log_probability = state.next_log_probability.reshape(len(alive), count, -1)
             candidates, likely = self._candidates(position, log_probability, near[index, position], now, alive, words)
@@ -261,7 +263,7 @@ class BeamDecoder:
         rest = [row for row in range(len(alive)) if row not in set(ended)]
         if not rest:
             return state, [], score, total, weight
-        keep = torch.tensor(rest, device=score.device)
+        keep = torch.tensor(rest, dtype=torch.long, device=score.device)
         rows = (keep[:, None] * count + torch.arange(count, device=score.device)).flatten()
         return self.reference.select(state, rows), [alive[r] for r in rest], score[keep], total[keep], weight[keep]
 
@@ -292,8 +294,10 @@ class BeamDecoder:
         candidates = torch.cat([prior, extra], dim=-1)
         value = torch.cat([top, value.masked_fill(twice, -torch.inf)], dim=-1)
         # A word that would be cut otherwise has to go on.
-        unfinished = torch.tensor([[not self.vocabulary.is_word(w) for w in words[i]] for i in alive])
-        stuck = unfinished.to(value.device)[..., None] & ~self.vocabulary.continues[candidates]
+        unfinished = torch.tensor(
+            [[not self.vocabulary.is_word(w) for w in words[i]] for i in alive], dtype=torch.bool, device=value.device
+        )
+        stuck = unfinished[..., None] & ~self.vocabulary.continues[candidates]
         return candidates, value.masked_fill(stuck, -torch.inf)
 
     def _closeness(self, particles: Tensor, candidates: Tensor, now: Tensor) -> Tensor:

@@ -218,7 +218,7 @@ class Run:
         bounds: list[float | None] = []
         for prompt in range(len(self.prompts)):
             own = [self.perplexity(p.prompt, p.start) for p in self.particles if p.prompt == prompt]
-            median = float(torch.tensor(own, dtype=torch.float64).median())
+            median = float(torch.tensor(own, dtype=torch.float64, device="cpu").median())
             bounds += [min(fluency * min(x, median), max_perplexity or math.inf) for x in own]
         return bounds
 
@@ -293,9 +293,10 @@ class Run:
     def embed(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         """Embeddings [R, T, d] of rows of ids, zero beyond their lengths."""
         table = self.aligner.reward
-        out = torch.zeros(len(rows), max(map(len, rows), default=0), table.table.shape[1], device=table.device)
+        shape = (len(rows), max(map(len, rows), default=0), table.table.shape[1])
+        out = torch.zeros(shape, dtype=torch.float32, device=table.device)
         for i, row in enumerate(rows):
-            out[i, : len(row)] = table.embed(torch.tensor(row, device=table.device))
+            out[i, : len(row)] = table.embed(torch.tensor(row, dtype=torch.long, device=table.device))
         return out
 
     def result(self, method: str, budget: TransportBudget, began: float) -> AlignResult:

@@ -184,7 +184,7 @@ class ReferenceModel:
             if top_k is not None and top_k < logits.shape[1]:
                 logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
             drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-            ended = torch.isin(drawn, torch.tensor(self.end, device=self.device))
+            ended = torch.isin(drawn, torch.tensor(self.end, dtype=torch.long, device=self.device))
             for row, token, end in zip(alive, drawn.tolist(), ended.tolist(), strict=True):
                 if not end:
                     rows[row].append(token)
@@ -202,7 +202,7 @@ class ReferenceModel:
                 raise ValueError(f"{'response' if prompt else 'prompt'} is empty, expected at least one token")
             self.check_length(prompt, len(response))
         rows = [[*self.prefix, *p, *r] for p, r in zip(prompts, responses, strict=True)]
-        scores = torch.zeros(len(rows), device=self.device)
+        scores = torch.zeros(len(rows), dtype=torch.float32, device=self.device)
 
         def run(chunk: list[int]) -> None:
             # Causal attention: what is filled in on the right changes nothing before it.
@@ -212,7 +212,7 @@ class ReferenceModel:
             for row, i in enumerate(chunk):
                 length, total = len(responses[i]), len(rows[i])
                 own = logits[row, total - length - 1 : total].float()
-                token = torch.tensor(responses[i], device=self.device)
+                token = torch.tensor(responses[i], dtype=torch.long, device=self.device)
                 scores[i] = own[:-1].gather(-1, token[:, None]).sum() - own.logsumexp(-1).sum()
                 scores[i] += self.end_log_probability(own[-1])
             if usage is not None:
@@ -225,7 +225,7 @@ class ReferenceModel:
 
     def conditionals(self, prompt: list[int], response: list[int], usage: Usage | None = None) -> Tensor:
         """log p(v | prompt, response before the position) [T, V] of one response."""
-        ids = torch.tensor([[*self.prefix, *prompt, *response]], device=self.device)
+        ids = torch.tensor([[*self.prefix, *prompt, *response]], dtype=torch.long, device=self.device)
         with torch.no_grad():
             logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         if usage is not None:

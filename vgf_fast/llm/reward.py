@@ -91,10 +91,10 @@ class Reward:
                 raise ValueError(f"{'response' if prompt else 'prompt'} is empty, expected at least one token")
             self.check_length(prompt, len(response))
         rows = [[*self.prefix, *p, *r, *self.suffix] for p, r in zip(prompts, responses, strict=True)]
-        rewards = torch.zeros(len(rows), device=self.device)
+        rewards = torch.zeros(len(rows), dtype=torch.float32, device=self.device)
         longest = max(map(len, responses), default=0)
         shape = (len(rows), longest, self.table.shape[1])
-        gradients = torch.zeros(shape, device=self.device) if gradient else None
+        gradients = torch.zeros(shape, dtype=torch.float32, device=self.device) if gradient else None
 
         def run(chunk: list[int]) -> None:
             chosen = [rows[i] for i in chunk]

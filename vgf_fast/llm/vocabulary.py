@@ -32,11 +32,13 @@ class Vocabulary:
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special |= {index for index, token in added.items() if getattr(token, "special", False)}
         self.prefix, self.suffix = self._affixes()
-        self.continues = torch.zeros(size, dtype=torch.bool)
-        self.continues[:known] = torch.tensor(self._continues())
-        self.allowed = torch.zeros(size, dtype=torch.bool)
+        self.continues = torch.zeros(size, dtype=torch.bool, device="cpu")
+        self.continues[:known] = torch.tensor(self._continues(), dtype=torch.bool, device="cpu")
+        self.allowed = torch.zeros(size, dtype=torch.bool, device="cpu")
         self.allowed[:known] = torch.tensor(
-            [i not in special and not _UNUSED.match(token) for i, token in enumerate(self.tokens)]
+            [i not in special and not _UNUSED.match(token) for i, token in enumerate(self.tokens)],
+            dtype=torch.bool,
+            device="cpu",
         )
         self._forbid_unreachable()
         self._canonical: dict[tuple[int, ...], bool] = {}
@@ -117,4 +119,4 @@ def pad_ids(rows: list[list[int]], fill: int, side: str, device: torch.device) -
         [0] * (longest - len(row)) + [1] * len(row) if left else [1] * len(row) + [0] * (longest - len(row))
         for row in rows
     ]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    return torch.tensor(ids, dtype=torch.long, device=device), torch.tensor(mask, dtype=torch.long, device=device)

@@ -11,6 +11,7 @@ import contextvars
 import ctypes
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -227,12 +228,36 @@ def off() -> Iterator[None]:
         _chosen_off.reset(token)
 
 
-def _has_memory(tensor: Tensor) -> bool:
+# A process that was forked has one thread of PyTorch's: it would wait for ever for those that stayed behind.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
+
+
+def has_memory(tensor: Tensor) -> bool:
     """False for what transforms and traces of PyTorch put in a tensor's place."""
     try:
         return tensor.data_ptr() != 0
     except RuntimeError:
         return False
+
+
+def _address(name: str, tensor: Tensor, dtype: torch.dtype, length: int) -> int:
+    """Where a tensor lies, for C: the one gate that every buffer passes.
+
+    Raises ``ValueError`` unless it is ``length`` entries of ``dtype``, one after the other, in the CPU's memory.
+    """
+    if (
+        tensor.dtype is not dtype
+        or tensor.numel() != length
+        or not tensor.is_cpu
+        or not tensor.is_contiguous()
+        or tensor.is_neg()
+    ):
+        raise ValueError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}, "
+            f"expected {length} entries of {dtype}, contiguous, on cpu"
+        )
+    return tensor.data_ptr()
 
 
 def pays(mlp: MLPWeights, rows: int, observations: Tensor) -> bool:
@@ -249,7 +274,7 @@ def pays(mlp: MLPWeights, rows: int, observations: Tensor) -> bool:
         and 0 < len(hidden) <= MAX_LAYERS
         and all(weight.shape[2] % WIDTHS == 0 for weight in hidden)
         and all(weight.is_contiguous() for weight in mlp.weights)
-        and all(map(_has_memory, (observations, *mlp.weights)))
+        and all(map(has_memory, (observations, *mlp.weights)))
         and (found := library()) is not None
         and (rows < MANY_ROWS or first.dtype == torch.float32 or bool(found.vgf_has_bfloat16()))
     )
@@ -292,9 +317,10 @@ class StackAtStates:
         states, width = observations.shape
         self.sizes = (states, particles)
         hidden = [weight.shape[2] for weight in mlp.weights[:-1]]
+        widths = [inputs, *hidden, mlp.weights[-1].shape[2]]
         vectors = [[tensor.float().contiguous() for tensor in group] for group in mlp[1:4]]
         x = observations.detach().float()
-        self.share = torch.empty(members, states, hidden[0], dtype=torch.float32)
+        self.share = torch.empty(members, states, hidden[0], dtype=torch.float32, device="cpu")
         # One by one: as a batch MKL gives every member a thread, however little there is to do.
         for out, bias, weight in zip(self.share, vectors[0][0], first[:, :width].float(), strict=True):
             torch.addmm(bias, x, weight, out=out)
@@ -306,19 +332,33 @@ class StackAtStates:
         packed: list[list[Tensor]] = [[], []]
         if self.chunk:
             packed = [self._pack(mlp, transpose) if wanted else [] for transpose, wanted in ((0, True), (1, backward))]
-        addresses = [weight.data_ptr() for weight in mlp.weights]
+        matrices = [members * a * b for a, b in itertools.pairwise(widths)]
+        addresses = _addresses("weights", mlp.weights, first.dtype, matrices)
         addresses[0] += width * hidden[0] * first.element_size()
+        rows_of = {"biases": widths[1:], "norm_scales": hidden, "norm_biases": hidden}
         self.network = _Network(
-            *(members, len(hidden), inputs - width, mlp.weights[-1].shape[2], _ACTIVATIONS[mlp.activation]),
+            *(members, len(hidden), inputs - width, widths[-1], _ACTIVATIONS[mlp.activation]),
             *(first.dtype == torch.bfloat16, inputs * hidden[0], (ctypes.c_int64 * len(hidden))(*hidden)),
             _pointers(addresses),
-            *(_pointers([0, *(t.data_ptr() for t in group)]) if group else None for group in packed),
-            *(_pointers([t.data_ptr() for t in group]) if group else None for group in vectors),
+            *(
+                _pointers([0, *_addresses("packed weights", group, first.dtype, matrices[1:-1])]) if group else None
+                for group in packed
+            ),
+            *(
+                _pointers(_addresses(name, group, torch.float32, [members * size for size in rows_of[name]]))
+                if group
+                else None
+                for name, group in zip(rows_of, vectors, strict=True)
+            ),
         )
         # The structure holds addresses; these hold the memory.
         self._alive = (mlp, vectors, packed)
         count = found.vgf_workspace(self.network, *self.sizes, self.chunk, self.threads)
-        self.workspace = torch.empty(count, dtype=torch.float32)
+        self.workspace = torch.empty(count, dtype=torch.float32, device="cpu")
+        self._common = (
+            _address("workspace", self.workspace, torch.float32, count), LAYER_NORM_EPS, self.chunk, self.threads
+        )  # fmt: skip
+        self._share = _address("state_share", self.share, torch.float32, members * states * hidden[0])
 
     def _pack(self, mlp: MLPWeights, transpose: int) -> list[Tensor]:
         """The hidden layers' weights after the first, laid out for products with many rows."""
@@ -328,12 +368,10 @@ class StackAtStates:
             sizes = (members, outputs, inputs) if transpose else (members, inputs, outputs)
             out = torch.empty_like(weight)
             half = weight.dtype == torch.bfloat16
-            self.library.vgf_pack(weight.data_ptr(), out.data_ptr(), *sizes, transpose, half, self.threads)
+            both = (_address("a weight", tensor, weight.dtype, weight.numel()) for tensor in (weight, out))
+            self.library.vgf_pack(*both, *sizes, transpose, half, self.threads)
             packed.append(out)
         return packed
-
-    def _common(self) -> tuple[int, float, int, int]:
-        return self.workspace.data_ptr(), LAYER_NORM_EPS, self.chunk, self.threads
 
 
 class NativeCriticAtStates(StackAtStates):
@@ -344,29 +382,36 @@ class NativeCriticAtStates(StackAtStates):
 
     def values(self, actions: Tensor) -> Tensor:
         """Q of every member: actions [B, N, A] -> [E, B, N], in float32."""
-        q = torch.empty(self.network.members, *self.sizes, dtype=torch.float32)
+        q = torch.empty(self.network.members, *self.sizes, dtype=torch.float32, device="cpu")
         self._run(actions, "mean", q, None)
         return q
 
     def score(self, actions: Tensor, aggregation: str = "mean") -> Tensor:
         """grad_a of the members' mean or minimum: [B, N, A]."""
-        score = torch.empty(actions.shape, dtype=torch.float32)
+        score = torch.empty(actions.shape, dtype=torch.float32, device="cpu")
         self._run(actions, aggregation, None, score)
         return score.to(actions.dtype)
 
     def values_and_score(self, actions: Tensor, aggregation: str = "mean") -> tuple[Tensor, Tensor]:
         """Both."""
-        q = torch.empty(self.network.members, *self.sizes, dtype=torch.float32)
-        score = torch.empty(actions.shape, dtype=torch.float32)
+        q = torch.empty(self.network.members, *self.sizes, dtype=torch.float32, device="cpu")
+        score = torch.empty(actions.shape, dtype=torch.float32, device="cpu")
         self._run(actions, aggregation, q, score)
         return q, score.to(actions.dtype)
 
     def _run(self, actions: Tensor, aggregation: str, q: Tensor | None, score: Tensor | None) -> None:
-        x = actions.detach().float().contiguous()
+        x = actions.detach().float().contiguous().resolve_neg()
+        states, particles = self.sizes
+        rows = states * particles
+        lengths = (self.network.members * rows, rows * self.network.rest)
         self.library.vgf_critic(
-            *(self.network, self.share.data_ptr(), x.data_ptr(), *self.sizes, aggregation == "min"),
-            *(None if out is None else out.data_ptr() for out in (q, score)),
-            *self._common(),
+            *(self.network, self._share, _address("actions", x, torch.float32, lengths[1])),
+            *(*self.sizes, aggregation == "min"),
+            *(
+                None if out is None else _address("a result", out, torch.float32, length)
+                for out, length in zip((q, score), lengths, strict=True)
+            ),
+            *self._common,
         )
 
 
@@ -374,10 +419,13 @@ def behavior_flow(velocity: MLPWeights, observations: Tensor, noise: Tensor, ste
     """``reference.behavior_flow``: observations [B, O], noise [B, N, A] -> particles [B, N, A]."""
     field = StackAtStates(velocity, observations, noise.shape[1], backward=False)
     x = noise.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    x = x.resolve_neg()
     head = velocity.weights[-1][0].detach().float().t().contiguous()
+    last, width = velocity.weights[-1].shape[1:]
+    states, particles = field.sizes
     field.library.vgf_behavior_flow(
-        *(field.network, field.share.data_ptr(), head.data_ptr(), x.data_ptr()),
-        *(*field.sizes, steps, *field._common()),
+        *(field.network, field._share, _address("the last weight", head, torch.float32, width * last)),
+        *(_address("noise", x, torch.float32, states * particles * width), *field.sizes, steps, *field._common),
     )
     return x.to(noise.dtype)
 
@@ -410,18 +458,21 @@ class FlowSteps:
         self.flow = _Flow(
             *(particles, entries, 0, bandwidth_gradient, repulsion, adam), step_size, temperature, *constants
         )
-        self.moments = torch.zeros(2 if adam else 0, *x.shape, dtype=torch.float32)
+        self.moments = torch.zeros(2 if adam else 0, *x.shape, dtype=torch.float32, device="cpu")
         self.threads = threads_for(x.numel() * particles)
-        self.workspace = torch.empty(found.vgf_flow_workspace(self.flow, self.threads), dtype=torch.float32)
+        count = found.vgf_flow_workspace(self.flow, self.threads)
+        self.workspace = torch.empty(count, dtype=torch.float32, device="cpu")
+        self._x = _address("particles", x, torch.float32, x.numel())
+        moments = [_address("a moment", m, torch.float32, x.numel()) for m in self.moments]
+        self._moments: Sequence[int | None] = moments or (None, None)
+        self._common = (len(x), _address("workspace", self.workspace, torch.float32, count), self.threads)
 
     def step(self, score: Tensor) -> None:
         """Move along the direction of a score [B, N, A]."""
         self.flow.step += 1
-        score = score.contiguous()
-        self.library.vgf_flow_step(
-            *(self.flow, self.x.data_ptr(), score.data_ptr(), *([m.data_ptr() for m in self.moments] or (None, None))),
-            *(len(self.x), self.workspace.data_ptr(), self.threads),
-        )
+        score = score.contiguous().resolve_neg()
+        given = _address("score", score, torch.float32, self.x.numel())
+        self.library.vgf_flow_step(self.flow, self._x, given, *self._moments, *self._common)
 
 
 def moves(x: Tensor) -> bool:
@@ -433,9 +484,17 @@ def moves(x: Tensor) -> bool:
         and x.numel() > 0
         and x.shape[1] <= MAX_PARTICLES
         and not _chosen_off.get()
-        and _has_memory(x)
+        and has_memory(x)
         and library() is not None
     )
+
+
+def _addresses(name: str, tensors: Sequence[Tensor], dtype: torch.dtype, lengths: Sequence[int]) -> list[int]:
+    """``_address`` of one tensor a layer."""
+    return [
+        _address(f"{name}[{i}]", tensor, dtype, length)
+        for i, (tensor, length) in enumerate(zip(tensors, lengths, strict=True))
+    ]
 
 
 def _pointers(addresses: Sequence[int]) -> ctypes.Array[ctypes.c_void_p]:
