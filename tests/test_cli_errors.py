@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -249,3 +250,13 @@ def test_a_tuple_as_python_writes_it(given, tmp_path, capsys):
     assert found["policy"] == {"hidden_dims": [64, 32], "behavior_hidden_dims": [16]}
     assert found["run"]["task"] == "(a)"
     capsys.readouterr()
+
+
+def test_the_command_that_training_ends_with_is_one_that_runs(given, tmp_path, capsys):
+    out = tmp_path / "my run"
+    command = f"{TRAIN} --steps 1 --no-tensorboard --set train.batch_size=4 policy.hidden_dims=[8] policy.particles=2"
+    assert main([part.replace("{out}", str(out)) for part in filled(command, given, "{out}")]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    program, *arguments = shlex.split(last.partition("evaluate with: ")[2].replace("--env ENV", "--env Reacher-v5"))
+    assert program == "vgf-fast"
+    assert main([*arguments, "--episodes", "1", "--num-envs", "1", "--flow-steps", "0", "--device", "cpu"]) == 0

@@ -107,7 +107,10 @@ def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def collect(episodes: int, seed: int) -> tuple[Dataset, np.ndarray]:
-    """Data of the noisy controller: (transitions, undiscounted return of each episode [episodes])."""
+    """Data of the noisy controller: (transitions, undiscounted return of each episode [episodes]).
+
+    Raises ``ImportError`` without Gymnasium and MuJoCo.
+    """
     gymnasium = _gymnasium()
     count = min(20, episodes)
     environments = gymnasium.vector.SyncVectorEnv([make_env] * count)
@@ -148,7 +151,7 @@ def collect(episodes: int, seed: int) -> tuple[Dataset, np.ndarray]:
 
 
 def make_env() -> Any:
-    """The demo's environment."""
+    """The demo's environment. Raises ``ImportError`` without Gymnasium and MuJoCo."""
     return _gymnasium().make(ENVIRONMENT)
 
 
@@ -209,14 +212,14 @@ def run(
 
 
 def make_learner(config: DemoConfig, device: str | None = None, backend: Backend = "auto") -> Learner:
-    """The preset's policy and learner, seeded."""
+    """The preset's policy and learner, seeded. Raises what ``VGFPolicy`` raises."""
     settings = preset(PRESET)
     policy = VGFPolicy(VGFConfig.from_dict(settings.policy), device=device, backend=backend, seed=config.seed)
     return Learner(policy, TrainConfig.from_dict({**settings.train, "seed": config.seed}))
 
 
 def train(learner: Learner, dataset: Dataset, config: DemoConfig) -> list[CurvePoint]:
-    """All updates, with small evaluations before the first and along the way."""
+    """All updates, with small evaluations before the first and along the way; raises what ``evaluate`` raises."""
     marks = sorted({round(config.updates * mark / 16) for mark in CURVE_MARKS})
     curve: list[CurvePoint] = []
     with progress_bar("training", total=config.updates) as advance:

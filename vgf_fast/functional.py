@@ -168,6 +168,7 @@ def critic_value_and_score(
     members; the gradient of the minimum is that of the smallest member, action by action. ``flow_gradient`` is "none",
     without an autograd graph, or "exact": gradients of q and of the score, which are Hessian-vector products of the
     critic, reach observations and actions, never the critic's weights. The backward pass is PyTorch's on any backend.
+    Source: the paper's value gradient; the release's "vgf_q_agg".
     Raises ``ValueError`` or ``TypeError`` naming the argument whose shape, dtype or device is wrong and, on a CPU, that
     is not finite.
     """
@@ -231,8 +232,8 @@ def behavior_flow(
 ) -> Tensor:
     """Draw particles: ``steps`` Euler steps of the flow-matching sampler from ``noise``, then clip to [-1, 1].
 
-    observations [B, O], noise [B, N, A] -> particles [B, N, A]. ``flow_gradient`` as in ``value_gradient_flow``, with
-    the noise for the initial particles.
+    observations [B, O], noise [B, N, A] -> particles [B, N, A], as in the release. ``flow_gradient`` as in
+    ``value_gradient_flow``, with the noise for the initial particles.
     Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong and, on a CPU, that is not finite.
     """
     if isinstance(velocity, VelocityField):
@@ -341,7 +342,7 @@ def select_particle(
     """Choose one particle a state: particles [B, N, A], q [B, N] -> (action [B, A], index [B]).
 
     "max": the largest q, the first among equals. "softmax": probability proportional to exp(q / temperature).
-    "random": every particle alike. The latter two draw one number a state from ``generator``.
+    "random": every particle alike. The latter two draw one number a state from ``generator``. As in the release.
     Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong and, on a CPU, that is not finite.
     """
     x = _check_tensor("particles", particles, "(B, N, A)", 3)
@@ -380,6 +381,7 @@ def td_target(
 ) -> Tensor:
     """TD target y = r + discount * mask * reduce_n Q_agg(s', x_n): q [E, B, N], rewards [B], masks [B] -> y [B].
 
+    Source: the paper's critic loss; ``q_aggregation`` and ``reduce`` as in the release.
     Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong and, on a CPU, that is not finite.
     """
     values = _check_tensor("q", q, "(E, B, N)", 3)

@@ -43,6 +43,7 @@ class Learner:
     On the Triton backend losses, gradients, optimiser and target critic run in its kernels; ``fused_optimizer=False``
     leaves the optimiser's step and the target critic to PyTorch. ``cuda_graph`` replays updates, in ``fit`` with
     batch and noise, as a CUDA graph where the kernels run on a GPU; the numbers are the same without.
+    Raises ``TypeError`` for arguments of other types, ``ValueError`` for weights that are not float32 or float64.
     """
 
     @neutral
@@ -403,6 +404,7 @@ class Learner:
         goes on exactly; a second Ctrl-C does not wait. Its folder ``best`` holds the learner of the best evaluation.
         Intervals are counted in ``learner.step``: a resumed run logs, evaluates and saves at the same.
         A policy without ``action_bounds`` keeps the dataset's.
+        The update is the paper's, in the public release's order (see ``update``).
 
         Raises ``ArithmeticError`` when a loss is no longer a number, at the next record or checkpoint: the last
         checkpoint stays. Raises ``ValueError`` or ``TypeError`` for wrong arguments, a dataset of other widths or
@@ -490,6 +492,10 @@ class Learner:
         ``style`` is how the offline transitions are used: "one_buffer", "half_and_half" or "online_only". For the other
         arguments see ``vgf_fast.online.OnlineTraining``; ``options`` are those of its ``run``, such as
         ``eval_interval`` and ``make_eval_env``. An ``OnlineTraining`` of your own can also be saved and resumed.
+        The styles are the public release's "iql", "rlpd" and "wsrl".
+
+        Raises ``ValueError`` for arguments out of range and spaces that do not fit, ``EvaluationError`` when the
+        environment fails, and ``ArithmeticError`` when a loss is no longer a number.
         """
         from vgf_fast.online import OnlineTraining
 

@@ -35,7 +35,7 @@ Record = dict[str, float]
 
 
 class OnlineTraining:
-    """A learner, an environment, and the transitions that the one met in the other.
+    """A learner, an environment, and the transitions that the one met in the other, as in the public release.
 
     Every step the policy acts once and, after ``warm_up`` steps, the learner does ``updates_per_step`` updates. Random
     numbers come from generators seeded by ``seed``; the same seed gives the same run on the same CPU.
@@ -258,6 +258,7 @@ class OnlineTraining:
         """Write the learner and what it met to a directory; a kill in between leaves the last whole pair.
 
         The simulator's state cannot be saved: an episode under way is given up, and its transitions are kept.
+        Raises ``OSError`` where it cannot be written.
         """
         path = Path(directory)
         tensors, counts = self.buffer.state()

@@ -39,7 +39,8 @@ class VGFPolicy(nn.Module):
     ``seed`` fixes the initial weights and the policy's own random numbers. Move and cast it as any ``nn.Module``;
     particles stay float32 at least. ``cuda_graph`` replays acting as a CUDA graph where the kernels run on a GPU;
     ``one_launch`` says whether they compute actions of up to 16 states in one launch, which needs the flow behaviour
-    model; None leaves the choice to ``kernels.launch``.
+    model; None leaves the choice to ``kernels.launch``. Raises ``TypeError`` for a ``config`` that is none, and
+    ``ValueError`` for a seed out of range.
     """
 
     @neutral
@@ -121,7 +122,10 @@ class VGFPolicy(nn.Module):
 
     @property
     def action_bounds(self) -> ActionBounds | None:
-        """What -1 and 1 stand for in the environment's units: ``config.action_low`` and ``action_high``."""
+        """What -1 and 1 stand for in the environment's units: ``config.action_low`` and ``action_high``.
+
+        None where these are not known. Raises ``ValueError`` when they are no bounds.
+        """
         if self.config.action_low is None or self.config.action_high is None:
             return None
         return ActionBounds(self.config.action_low, self.config.action_high)
@@ -157,7 +161,7 @@ class VGFPolicy(nn.Module):
         ``action_bounds.to_environment`` translates.
         ``flow_steps`` overrides the number of steps of ``config.test_budget`` (0 is best-of-N), ``selection`` how a
         particle is chosen. ``noise`` [N, A] or [B, N, A] are the standard normal numbers the particles start from; else
-        they come from ``generator``, else from the policy's own.
+        they come from ``generator``, else from the policy's own. Acting is the paper's, with its test-time budget.
         Raises ``ValueError`` or ``TypeError`` for wrong shapes or dtypes and, on a CPU, for observations, noise or
         weights that are not finite in the dtype they are used in; a GPU is not waited for, and acts on them.
         """
@@ -235,7 +239,7 @@ class VGFPolicy(nn.Module):
         The action is in the environment's units where the policy knows its bounds (``action_bounds``), else in [-1, 1].
         ``deterministic=True`` starts the particles of every observation from the same numbers and takes the best one:
         equal observations get equal actions. ``state`` is returned as it came: the policy has
-        no memory.
+        no memory. Raises what ``sample_actions`` raises.
         """
         if not deterministic:
             return self._in_units(self.sample_actions(observation)).cpu().numpy(), state
@@ -254,6 +258,7 @@ class VGFPolicy(nn.Module):
         """LeRobot's: an observation [O] or [B, O], or a dict with it under "observation.state" -> action [A] or [B, A].
 
         The action is in the environment's units where the policy knows its bounds (``action_bounds``), else in [-1, 1].
+        Raises ``ValueError`` for a dict without that key, and what ``sample_actions`` raises.
         """
         if not isinstance(observation, Mapping):
             return self._in_units(self.sample_actions(observation))
@@ -293,7 +298,9 @@ class VGFPolicy(nn.Module):
     def draw_particles(self, observations: Tensor, noise: Tensor, weights: MLPWeights | None = None) -> Tensor:
         """Particles of the behaviour model: observations [B, O], noise [B, N, A] -> [B, N, A] in [-1, 1].
 
-        ``weights`` replaces the behaviour model's, for instance by a copy in bfloat16.
+        ``weights`` replaces the behaviour model's, for instance by a copy in bfloat16. The flow is drawn from by
+        ``functional.behavior_flow``, a Gaussian as in the public release: mean + exp(log_std) * noise, squashed or not.
+        Raises ``ValueError`` or ``TypeError`` naming the argument whose shape, dtype or device is wrong.
         """
         behavior = self.behavior
         with ranges.span("vgf/behavior_flow"):
@@ -321,7 +328,9 @@ class VGFPolicy(nn.Module):
         """Move particles [B, N, A] within a budget by the critic; ``weights`` replaces the critic's.
 
         Where the configuration is amortised, the score field moves them, which ``field`` replaces, and ``per_state``
-        says whether its direction is clipped state by state or over the batch; the critic only values them.
+        says whether its direction is clipped state by state or over the batch; the critic only values them. Else it is
+        ``functional.value_gradient_flow``, the paper's. q [E, B, N] is left out without ``evaluate``; the trajectory is
+        [L + 1, B, N, A]. Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong.
         """
         if self.score_field is not None:
             with torch.no_grad():
@@ -439,7 +448,10 @@ class VGFPolicy(nn.Module):
 
     @neutral
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
-        """Write ``model.safetensors`` and ``config.json`` to a directory, each whole or not at all; returns it."""
+        """Write ``model.safetensors`` and ``config.json`` to a directory, each whole or not at all; returns it.
+
+        Raises ``OSError`` where it cannot be written; then the old files are as they were.
+        """
         path = Path(directory)
         tensors = dict(self.named_parameters())
         checkpoints.save_tensors(path / MODEL_FILE, "policy", tensors, {"config": self.config.to_dict()})

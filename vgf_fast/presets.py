@@ -92,7 +92,10 @@ def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 @functools.cache
 def preset(name: str) -> Preset:
-    """The preset of a name. Raises ``UnknownPresetError`` (``ValueError`` and ``KeyError``) with the closest names."""
+    """The preset of a name, of the paper's tables and the public release's scripts (see this module).
+
+    Raises ``UnknownPresetError`` (``ValueError`` and ``KeyError``) with the closest names.
+    """
     known = _tables()["presets"]
     if name not in known:
         close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.0)
@@ -115,7 +118,11 @@ def preset(name: str) -> Preset:
 
 
 class _Presets(Mapping[str, Value], Generic[Value]):
-    """Preset names to values, made when asked for."""
+    """The paper's settings by name, made when asked for: ``presets["ogbench/cube-double-play"]``.
+
+    Names come from the paper's tables, values from the public release's scripts where the paper does not give them.
+    Raises ``UnknownPresetError`` (``ValueError`` and ``KeyError``) with the closest names for one that is not there.
+    """
 
     def __init__(self, make: Callable[[Preset], Value]) -> None:
         self._make = make

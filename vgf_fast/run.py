@@ -60,11 +60,14 @@ class Reporter(Protocol):
         """A line of text."""
 
     def results(self, title: str, results: Sequence[EvaluationResult]) -> None:
-        """An evaluation."""
+        """An evaluation's results, under a title."""
 
 
 class CsvLog:
-    """Rows of numbers, "step" first. Opening it drops the rows later than ``step`` and a row that was cut off."""
+    """Rows of numbers, "step" first. Opening it drops the rows later than ``step`` and a row that was cut off.
+
+    Raises ``OSError`` where it cannot be written.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
@@ -131,7 +134,10 @@ def _remove_checkpoint(folder: Path) -> None:
 
 
 def save_checkpoint(learner: Learner, directory: Path) -> None:
-    """Save a learner under the name of the newest, and keep that of the last ``KEPT`` under their steps as well."""
+    """Save a learner under the name of the newest, and keep that of the last ``KEPT`` under their steps as well.
+
+    Raises what ``Learner.save`` raises.
+    """
     learner.save(directory)
     folder = directory / STEP.format(step=learner.step)
     folder.mkdir(exist_ok=True)
@@ -180,7 +186,7 @@ def check_data(out: Path, dataset: Dataset) -> None:
 
 
 def write_data(out: Path, dataset: Dataset) -> None:
-    """Note in a run's directory what it learns from."""
+    """Note in a run's directory what it learns from. Raises ``OSError`` where that cannot be written."""
     checkpoints.write_text(out / DATA_FILE, json.dumps(fingerprint(dataset), indent=2) + "\n")
 
 

@@ -170,7 +170,7 @@ def load(
 
 
 def episode_steps(task: str) -> int:
-    """Steps after which D4RL ends an episode of a task."""
+    """Steps after which D4RL ends an episode of a task. Raises ``ValueError`` for an unknown one."""
     robot = family(task)
     if robot == "antmaze":
         return _EPISODE_STEPS[task.split("-")[1]]
@@ -178,7 +178,10 @@ def episode_steps(task: str) -> int:
 
 
 def return_scale(file: Path, rewards: np.ndarray, ends: np.ndarray, cut_off: bool) -> float:
-    """1000 / (largest - smallest return) of trajectories; rewards, ends [M]; without the last one if it is cut off."""
+    """1000 / (largest - smallest return) of trajectories; rewards, ends [M]; without the last one if it is cut off.
+
+    Raises ``ValueError`` when there are no two trajectories with different returns.
+    """
     totals = np.cumsum(rewards.astype(np.float64))[ends]
     returns = np.diff(totals, prepend=0.0)[: -1 if cut_off else None]
     if len(set(returns.tolist())) < 2:
@@ -323,5 +326,5 @@ def make_env(task: str) -> Any:
 
 
 def environment(task: str) -> Callable[[], Any] | None:
-    """What makes a task's environment, or None of a task that has none."""
+    """What makes a task's environment, or None of a task that has none. Raises ``ValueError`` for an unknown task."""
     return (lambda: make_env(task)) if family(task) in LOCOMOTION else None

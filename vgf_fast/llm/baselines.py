@@ -35,7 +35,7 @@ class TokenSearch(Aligner):
     vocabulary by g (E_v - E_current), leaves out those that the left context alone makes too unlikely, scores
     ``proposals`` of them under the reference model, and evaluates the ``verify`` best within the bound (a unit each).
     It goes to the best if that is better; else the next ones are verified. ``budget.steps`` rounds, or as many as
-    ``budget.reward_units`` pay for.
+    ``budget.reward_units`` pay for. Raises ``ValueError`` naming an argument out of its range.
     """
 
     method = "first-order token search"

@@ -179,7 +179,10 @@ class Aligner:
 
 
 class Run:
-    """One call: its particles, what is known of the texts that came up, and how much was used."""
+    """One call: its particles, what is known of the texts that came up, and how much was used.
+
+    Raises ``ValueError`` for an empty response.
+    """
 
     def __init__(
         self,
@@ -300,7 +303,7 @@ class Run:
         return out
 
     def result(self, method: str, budget: TransportBudget, began: float) -> AlignResult:
-        """The report."""
+        """The best text of every particle, with rewards and counts. Raises what ``score`` raises."""
         final = [p.best if p.best is not None else self._fallback(p) for p in self.particles]
         self.score([(p.prompt, ids) for p, ids in zip(self.particles, final, strict=True)])
         if self.embeddings is not None and self.aligner.report_continuous:
@@ -362,6 +365,8 @@ class EmbeddingFlow(Aligner):
     at u, and the last u alone goes to its nearest tokens, fluent or not.
 
     ``update``: the direction's length per token 1, Adam's, or as it is.
+
+    Raises ``ValueError`` naming an argument that is none of its choices, or a reference model that is missing.
     """
 
     def __init__(

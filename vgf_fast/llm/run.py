@@ -85,8 +85,9 @@ def align_file(
     """Align the prompts that ``out`` does not have yet, a line of JSON each; returns how many those were.
 
     Prompt i is sampled with seed ``seed + i``, so that a run in parts gives what a run in one gives. A line is on disk
-    before the next prompt begins. ``settings``: what the results depend on beside ``budget``, as JSON types; another
-    run's file is refused.
+    before the next prompt begins. ``settings``: what the results depend on beside ``budget``, as JSON types.
+
+    Raises ``ValueError`` for another run's file, and what the aligner raises.
     """
     key = json.dumps([settings, dataclasses.asdict(budget), num_particles, seed], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
