@@ -132,7 +132,7 @@ def test_what_are_no_integers_is_named(learner, dataset, value):
 
 @pytest.mark.parametrize("value", ["0.5", None, True, float("nan"), np.float32("inf"), 10**400, 1j, np.zeros(1)])
 def test_what_is_no_number_is_named(value):
-    with pytest.raises(ValueError, match=r"TransportBudget.temperature is .*, expected a number in \(0, inf\)"):
+    with pytest.raises(ValueError, match="TransportBudget.temperature is .*, expected a number in "):
         vgf.TransportBudget(temperature=value)
 
 
