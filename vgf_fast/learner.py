@@ -520,7 +520,7 @@ class Learner:
                 else:
                     # The generator is on the policy's device, the transitions in the host's memory.
                     index = torch.randint(dataset.size, (size,), generator=self.generator, device=self.policy.device)
-                    drawn = dataset.take(index)
+                    drawn = {name: field.to(self.policy.device) for name, field in dataset.take(index).items()}
                 data = self._batch(drawn, check=False)
             return self._update(data, self._noise(None, size))
 
