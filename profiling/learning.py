@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from profiling import machine
-from vgf_fast import checkpoints, reproduce
+from vgf_fast import reproduce
+from vgf_fast.common import checkpoints
 from vgf_fast.data import tasks
 from vgf_fast.evaluation import EvaluationResult, bootstrap_interval
 from vgf_fast.finetune import RECORDS, finetune

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vgf_fast import checkpoints
-from vgf_fast.progress import progress_bar
+from vgf_fast.common import checkpoints
+from vgf_fast.common.progress import progress_bar
 
 ENVIRONMENT = "HalfCheetah-v4"
 FILE = "halfcheetah_medium_replay-v2.hdf5"  # what D4RL calls this kind

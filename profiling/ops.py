@@ -22,7 +22,7 @@ from profiling import bench, machine, records, registry
 from profiling.records import Record
 from profiling.registry import GRIDS, IMPLEMENTATIONS, OPS, Inputs, Op, Prepared
 from profiling.worker import Sizes
-from vgf_fast.progress import progress_bar
+from vgf_fast.common.progress import progress_bar
 
 if TYPE_CHECKING:
     from profiling.bench import Plan

@@ -25,7 +25,8 @@ import torch
 
 from profiling import machine, records
 from profiling.bench import say
-from vgf_fast import VGFPolicy, checkpoints, demo
+from vgf_fast import VGFPolicy, demo
+from vgf_fast.common import checkpoints
 from vgf_fast.config import TrainConfig, VGFConfig
 from vgf_fast.evaluation import EvaluationResult, evaluate
 

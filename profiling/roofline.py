@@ -26,7 +26,7 @@ from profiling.registry import GRIDS, OPS, Op
 from profiling.report import resources
 from profiling.worker import Sizes
 from vgf_fast import native
-from vgf_fast.progress import progress_bar
+from vgf_fast.common.progress import progress_bar
 
 RESULTS = machine.REPOSITORY / "profiling" / "results"
 REPEATS = 7

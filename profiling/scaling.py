@@ -24,7 +24,7 @@ from profiling.registry import OPS, Prepared
 from profiling.torch_methods import configurations
 from profiling.worker import Sizes, random_batch
 from vgf_fast import Learner, VGFPolicy
-from vgf_fast.progress import progress_bar
+from vgf_fast.common.progress import progress_bar
 
 if TYPE_CHECKING:
     from profiling.bench import Plan

@@ -11,7 +11,7 @@ import torch
 from properties import given, settings, st
 
 import vgf_fast as vgf
-from vgf_fast.bounds import ActionBounds
+from vgf_fast.common.bounds import ActionBounds
 from vgf_fast.data import files, tasks
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.data.replay import ReplayBuffer

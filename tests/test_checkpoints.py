@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import vgf_fast as vgf
-from vgf_fast import checkpoints
-from vgf_fast.checkpoints import CheckpointError
+from vgf_fast.common import checkpoints
+from vgf_fast.common.checkpoints import CheckpointError
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([True, False]), "c": torch.zeros(0, 4).bfloat16()}
 HEADER = {"step": 3, "config": {"x": [1, 2]}}
@@ -122,7 +122,7 @@ def test_a_kill_while_writing_leaves_the_old_file(path, moment):
     script = f"""
         import os, signal, sys
         from pathlib import Path
-        from vgf_fast import checkpoints
+        from vgf_fast.common import checkpoints
         def die(*_):
             os.kill(os.getpid(), signal.SIGKILL)
         if {moment!r} != "write":

@@ -15,8 +15,9 @@ import pytest
 import torch
 import yaml
 
-from vgf_fast import checkpoints, cli, native
+from vgf_fast import cli, native
 from vgf_fast.cli import main
+from vgf_fast.common import checkpoints
 
 gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("ogbench")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from vgf_fast import Learner, VGFConfig, VGFPolicy, checkpoints
+from vgf_fast import Learner, VGFConfig, VGFPolicy
+from vgf_fast.common import checkpoints
 from vgf_fast.data import files
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.data.download import download

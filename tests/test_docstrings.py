@@ -33,7 +33,7 @@ SOURCED = (
 
 
 # What writes a file, and so raises OSError.
-WRITERS = [("vgf_fast.checkpoints", None, "replacing")]
+WRITERS = [("vgf_fast.common.checkpoints", None, "replacing")]
 
 
 def public():

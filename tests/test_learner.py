@@ -14,7 +14,7 @@ import torch
 
 import vgf_fast as vgf
 from vgf_fast import reference
-from vgf_fast.checkpoints import CheckpointError
+from vgf_fast.common.checkpoints import CheckpointError
 from vgf_fast.data.dataset import Dataset
 
 CONFIG = vgf.VGFConfig(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vgf_fast as vgf
-from vgf_fast import memory
+from vgf_fast.common import memory
 from vgf_fast.data.replay import ReplayBuffer
 
 GIB = 2**30

@@ -9,7 +9,7 @@ gymnasium = pytest.importorskip("gymnasium")
 from gymnasium import spaces  # noqa: E402
 from minari.data_collector.episode_buffer import EpisodeBuffer  # noqa: E402
 
-from vgf_fast.bounds import ActionBounds  # noqa: E402
+from vgf_fast.common.bounds import ActionBounds  # noqa: E402
 from vgf_fast.data import minari as loader  # noqa: E402
 from vgf_fast.data import tasks  # noqa: E402
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vgf_fast import openmp
+from vgf_fast.common import openmp
 
 ROOT = Path(__file__).parent.parent
 HEAVY = (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vgf_fast as vgf
-from vgf_fast.checkpoints import CheckpointError
+from vgf_fast.common.checkpoints import CheckpointError
 
 CONFIG = vgf.VGFConfig(
     observation_dim=4,

@@ -213,7 +213,7 @@ def test_bench_writes_records(tmp_path):
 
 def test_bench_beside_busy_loops(tmp_path, monkeypatch, capfd):
     from profiling import busy, machine
-    from vgf_fast import openmp
+    from vgf_fast.common import openmp
 
     out = tmp_path / "records.jsonl"
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):

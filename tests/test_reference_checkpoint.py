@@ -11,7 +11,7 @@ import torch
 from release import DATA
 
 import vgf_fast as vgf
-from vgf_fast.checkpoints import CheckpointError
+from vgf_fast.common.checkpoints import CheckpointError
 from vgf_fast.reference_checkpoint import UnsafePickleError, read_parameters
 
 FOLDER = DATA / "reference_checkpoint"

@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("ogbench")
 pytest.importorskip("tyro")
-from vgf_fast import interrupts, reproduce
+from vgf_fast import reproduce
+from vgf_fast.common import interrupts
 from vgf_fast.data.generate import generate
 from vgf_fast.presets import PaperScore, preset
 from vgf_fast.settings import layered

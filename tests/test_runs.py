@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import vgf_fast as vgf
-from vgf_fast import checkpoints, interrupts, locks
 from vgf_fast.cli import main
+from vgf_fast.common import checkpoints, interrupts, locks
 
 pytest.importorskip("tyro")
 pytest.importorskip("rich")
@@ -109,7 +109,7 @@ def test_a_lock_does_not_outlive_its_holder(tmp_path):
     """Nor does a child of the holder's keep it."""
     script = f"""
         import os, time
-        from vgf_fast import locks
+        from vgf_fast.common import locks
         with locks.holding({str(tmp_path / "run")!r}):
             child = os.fork()
             if child:

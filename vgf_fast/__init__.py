@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vgf_fast import openmp as openmp  # first: it acts before torch is loaded
+from vgf_fast.common import openmp as openmp  # first: it acts before torch is loaded
 from vgf_fast.config import TrainConfig, TransportBudget, VGFConfig, config_from_reference
 from vgf_fast.functional import (
     behavior_flow,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from vgf_fast import reference
-from vgf_fast.ambient import neutral
 from vgf_fast.checks import check_weights
+from vgf_fast.common.ambient import neutral
 from vgf_fast.layers import MLPWeights
 from vgf_fast.reference import FlowResult
 

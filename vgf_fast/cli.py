@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from vgf_fast import checkpoints, functional, interrupts, locks, native, openmp
+from vgf_fast import functional, native
+from vgf_fast.common import checkpoints, interrupts, locks, openmp
 from vgf_fast.config import Precision
 from vgf_fast.demo import DemoConfig
 from vgf_fast.functional import Backend

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vgf_fast import checkpoints
+from vgf_fast.common import checkpoints
+from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import MAX_SEED, TrainConfig, TransportBudget, VGFConfig, integer, integers
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.evaluation import EvaluationResult, bootstrap_interval, evaluate
@@ -26,7 +27,6 @@ from vgf_fast.functional import Backend
 from vgf_fast.learner import Learner
 from vgf_fast.policy import VGFPolicy
 from vgf_fast.presets import preset
-from vgf_fast.progress import progress_bar
 
 ENVIRONMENT = "Reacher-v5"
 PRESET = "demo/reacher"

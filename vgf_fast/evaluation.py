@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vgf_fast.bounds import ActionBounds
+from vgf_fast.common.bounds import ActionBounds
+from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import MAX_SEED, integer, integers, real
 from vgf_fast.policy import VGFPolicy
-from vgf_fast.progress import progress_bar
 from vgf_fast.simulators import (
     EpisodeSeed,
     EvaluationError,

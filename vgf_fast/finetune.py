@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from vgf_fast import checkpoints, interrupts, locks
+from vgf_fast.common import checkpoints, interrupts, locks
 from vgf_fast.data import tasks
 from vgf_fast.functional import Backend
 from vgf_fast.learner import LEARNER_FILE, Learner

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vgf_fast import backends, reference
-from vgf_fast.ambient import neutral
+from vgf_fast.common.ambient import neutral
 from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights
 from vgf_fast.reference import ADAM_BETA1, ADAM_BETA2, ADAM_EPS
 

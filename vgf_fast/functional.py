@@ -15,11 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vgf_fast import backends, memory, reference
+from vgf_fast import backends, reference
 from vgf_fast import flow_gradient as operators
-from vgf_fast.ambient import neutral
 from vgf_fast.backends import Backend, resolve_backend, triton_installed, triton_interpreted
 from vgf_fast.checks import check_network, check_result
+from vgf_fast.common import memory
+from vgf_fast.common.ambient import neutral
 from vgf_fast.config import LARGEST, SMALLEST, TransportBudget, integer, real
 from vgf_fast.networks import EnsembleMLP, VelocityField
 from vgf_fast.reference import FlowResult, MLPWeights

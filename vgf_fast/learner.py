@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vgf_fast import checkpoints, functional, fused, interrupts, reference
-from vgf_fast.ambient import neutral
-from vgf_fast.arrays import as_tensor
+from vgf_fast import functional, fused, reference
 from vgf_fast.checks import results_left
+from vgf_fast.common import checkpoints, interrupts
+from vgf_fast.common.ambient import neutral
+from vgf_fast.common.arrays import as_tensor
+from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import TrainConfig, VGFConfig, integer, integers
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache, addresses
 from vgf_fast.kernels import ranges
 from vgf_fast.networks import VelocityField
 from vgf_fast.policy import VGFPolicy, generator_state, restored_generator
-from vgf_fast.progress import progress_bar
 from vgf_fast.reference import MLPWeights
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vgf_fast import memory, reference
+from vgf_fast import reference
+from vgf_fast.common import memory
 from vgf_fast.reference import MLPWeights
 
 

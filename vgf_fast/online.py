@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgf_fast import checkpoints, interrupts
-from vgf_fast.ambient import neutral
+from vgf_fast.common import checkpoints, interrupts
+from vgf_fast.common.ambient import neutral
+from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import MAX_SEED, integer, integers, real
 from vgf_fast.data.replay import ReplayBuffer
 from vgf_fast.evaluation import Score, check_environment, evaluate
 from vgf_fast.learner import check_losses
-from vgf_fast.progress import progress_bar
 from vgf_fast.simulators import EpisodeSeed, Simulator
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vgf_fast.checkpoints import replacing
+from vgf_fast.common.checkpoints import replacing
 
 if TYPE_CHECKING:
     from vgf_fast.demo import Picture

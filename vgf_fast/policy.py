@@ -14,11 +14,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from vgf_fast import checkpoints, functional, fused, graphs, memory, reference
-from vgf_fast.ambient import neutral
-from vgf_fast.arrays import as_tensor
-from vgf_fast.bounds import ActionBounds
+from vgf_fast import functional, fused, graphs, reference
 from vgf_fast.checks import check_finite
+from vgf_fast.common import checkpoints, memory
+from vgf_fast.common.ambient import neutral
+from vgf_fast.common.arrays import as_tensor
+from vgf_fast.common.bounds import ActionBounds
 from vgf_fast.config import MAX_SEED, Selection, TransportBudget, VGFConfig, choice, config_from_reference, integer
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache

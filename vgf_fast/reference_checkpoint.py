@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vgf_fast.arrays import as_tensor
-from vgf_fast.checkpoints import CheckpointError
+from vgf_fast.common.arrays import as_tensor
+from vgf_fast.common.checkpoints import CheckpointError
 from vgf_fast.networks import GaussianBehavior, StackedMLP
 
 _PLAIN_DTYPES = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)} | {"f2", "f4", "f8", "b1"}

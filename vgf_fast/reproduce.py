@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vgf_fast import checkpoints, locks
 from vgf_fast import run as runs
+from vgf_fast.common import checkpoints, locks
 from vgf_fast.config import MAX_SEED, VGFConfig
 from vgf_fast.data import tasks
 from vgf_fast.evaluation import bootstrap_interval

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
-from vgf_fast.bounds import ActionBounds
+from vgf_fast.common.bounds import ActionBounds
 
 Workers = Literal["sync", "async"]
 SUCCESS = ("success", "is_success")  # where an environment's info may say so

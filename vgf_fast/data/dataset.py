@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from vgf_fast.ambient import neutral
-from vgf_fast.arrays import as_tensor
-from vgf_fast.bounds import TOLERANCE, ActionBounds
-from vgf_fast.memory import check_fits
+from vgf_fast.common.ambient import neutral
+from vgf_fast.common.arrays import as_tensor
+from vgf_fast.common.bounds import TOLERANCE, ActionBounds
+from vgf_fast.common.memory import check_fits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

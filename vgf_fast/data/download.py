@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, BinaryIO
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from vgf_fast.common.progress import progress_bar
 from vgf_fast.data.writing import is_open_at, wait
-from vgf_fast.progress import progress_bar
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse

@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from vgf_fast import checkpoints
-from vgf_fast.arrays import as_tensor
-from vgf_fast.bounds import ActionBounds
+from vgf_fast.common import checkpoints
+from vgf_fast.common.arrays import as_tensor
+from vgf_fast.common.bounds import ActionBounds
+from vgf_fast.common.memory import total_memory
+from vgf_fast.common.progress import progress_bar
 from vgf_fast.data.dataset import (
     ACTION_CLIP,
     Dataset,
@@ -36,8 +38,6 @@ from vgf_fast.data.dataset import (
 )
 from vgf_fast.data.reading import h5py, named, npy_header, reading
 from vgf_fast.data.writing import reserve, waiting_for
-from vgf_fast.memory import total_memory
-from vgf_fast.progress import progress_bar
 
 FIELDS = ("observations", "actions", "next_observations", "rewards", "masks")
 VECTORS = FIELDS[:3]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from vgf_fast.bounds import ActionBounds
+from vgf_fast.common.bounds import ActionBounds
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.data.reading import named, reading
 from vgf_fast.data.writing import waiting_for

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from vgf_fast.ambient import neutral
-from vgf_fast.arrays import as_tensor
+from vgf_fast.common.ambient import neutral
+from vgf_fast.common.arrays import as_tensor
 from vgf_fast.config import integer
 from vgf_fast.data.dataset import ACTION_CLIP, ACTION_TOLERANCE, Dataset, allocate, check_storage
 
@@ -96,7 +96,8 @@ class ReplayBuffer:
                 raise ValueError(f"{name} has NaN or infinity in {stored.dtype}, expected finite numbers")
             if name == "action" and value.abs().max() > 1.0 + ACTION_TOLERANCE:
                 raise ValueError(
-                    f"action is {value.tolist()}, expected in [-1, 1]: rescale it by vgf_fast.bounds.ActionBounds"
+                    f"action is {value.tolist()}, expected in [-1, 1]: rescale it by "
+                    "vgf_fast.common.bounds.ActionBounds"
                 )
             values.append(stored.clamp(-ACTION_CLIP, ACTION_CLIP) if name == "action" else stored)
         if not 0 <= values[-1].item() <= 1:

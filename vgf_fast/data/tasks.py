@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vgf_fast.bounds import ActionBounds
+from vgf_fast.common.bounds import ActionBounds
 from vgf_fast.data import d4rl, files, minari, ogbench
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.evaluation import Score

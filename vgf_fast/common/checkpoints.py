@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vgf_fast import locks
+from vgf_fast.common import locks
 
 _FORMAT = "vgf_fast"
 _FORMAT_VERSION = 1
