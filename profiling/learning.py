@@ -22,8 +22,8 @@ import torch
 from profiling import machine
 from vgf_fast import reproduce
 from vgf_fast.common import checkpoints
-from vgf_fast.data import tasks
-from vgf_fast.evaluation import EvaluationResult, bootstrap_interval
+from vgf_fast.envs import tasks
+from vgf_fast.envs.evaluation import EvaluationResult, bootstrap_interval
 from vgf_fast.finetune import RECORDS, finetune
 
 RESULTS = machine.REPOSITORY / "profiling" / "results" / "learning"

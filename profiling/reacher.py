@@ -28,7 +28,7 @@ from profiling.bench import say
 from vgf_fast import VGFPolicy, demo
 from vgf_fast.common import checkpoints
 from vgf_fast.config import TrainConfig, VGFConfig
-from vgf_fast.evaluation import EvaluationResult, evaluate
+from vgf_fast.envs.evaluation import EvaluationResult, evaluate
 
 RESULTS = machine.REPOSITORY / "profiling" / "results" / "demo"
 TURN = 50  # updates

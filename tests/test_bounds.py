@@ -12,15 +12,16 @@ from properties import given, settings, st
 
 import vgf_fast as vgf
 from vgf_fast.common.bounds import ActionBounds
-from vgf_fast.data import files, tasks
+from vgf_fast.data import files
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.data.replay import ReplayBuffer
+from vgf_fast.envs import tasks
 from vgf_fast.online import OnlineTraining
 
 gymnasium = pytest.importorskip("gymnasium")
 from gymnasium import spaces  # noqa: E402
 
-from vgf_fast.evaluation import EvaluationError, evaluate  # noqa: E402
+from vgf_fast.envs.evaluation import EvaluationError, evaluate  # noqa: E402
 
 SMALL = {"hidden_dims": (16, 16), "behavior_hidden_dims": (16, 16), "particles": 4, "behavior_steps": 2}
 

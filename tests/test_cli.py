@@ -53,7 +53,7 @@ def _short_episodes(monkeypatch):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A generated data set of 3 short episodes."""
-    from vgf_fast.data.generate import generate
+    from vgf_fast.envs.generate import generate
 
     folder = tmp_path_factory.mktemp("data")
     name = "pointmaze-medium-navigate"
@@ -212,8 +212,8 @@ def test_a_directory_with_a_run_is_refused(data, finished, tmp_path, capsys):
 )
 def test_a_signal_saves_and_the_run_goes_on(data, finished, tmp_path, monkeypatch, capsys, number, place):
     import vgf_fast as vgf
+    from vgf_fast.envs.simulators import Simulator
     from vgf_fast.run import CsvLog
-    from vgf_fast.simulators import Simulator
 
     calls = 0
 
@@ -263,7 +263,7 @@ KILLER = """
     import gymnasium, mujoco, ogbench, rich.table, torch._dynamo, tyro  # once, not in every child
     from vgf_fast import Learner, cli, console, run
     from vgf_fast.data import ogbench
-    from vgf_fast.simulators import Simulator
+    from vgf_fast.envs.simulators import Simulator
 
     torch.set_num_threads(1)
     real = ogbench.make_env
@@ -507,7 +507,7 @@ def test_evaluate(finished, tmp_path, capsys):
 
 
 def test_an_interrupted_command_writes_nothing(finished, tmp_path, monkeypatch, capsys):
-    from vgf_fast.simulators import Simulator
+    from vgf_fast.envs.simulators import Simulator
 
     def interrupt(self, action):
         raise KeyboardInterrupt
@@ -542,7 +542,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
     heavy = ("gymnasium", "mujoco", "ogbench", "h5py", "rich", "tyro", "triton", "matplotlib", "yaml", "tensorboard")
     code = f"""
         import sys
-        import vgf_fast.cli, vgf_fast.demo, vgf_fast.evaluation, vgf_fast.plots, vgf_fast.presets, vgf_fast.run
+        import vgf_fast.cli, vgf_fast.demo, vgf_fast.envs.evaluation, vgf_fast.plots, vgf_fast.presets, vgf_fast.run
         loaded = [name for name in {heavy} if name in sys.modules]
         assert not loaded, loaded
     """

@@ -13,8 +13,8 @@ import pytest
 import vgf_fast as vgf
 from vgf_fast import cli
 from vgf_fast.cli import main
+from vgf_fast.envs.simulators import EvaluationError
 from vgf_fast.settings import layered
-from vgf_fast.simulators import EvaluationError
 
 pytest.importorskip("gymnasium")
 pytest.importorskip("mujoco")

@@ -17,10 +17,11 @@ h5py = pytest.importorskip("h5py")
 gymnasium = pytest.importorskip("gymnasium")
 from properties import given, settings, st  # noqa: E402
 
-from vgf_fast.data import d4rl, tasks  # noqa: E402
+from vgf_fast.data import d4rl  # noqa: E402
 from vgf_fast.data.dataset import ACTION_CLIP  # noqa: E402
 from vgf_fast.data.download import download  # noqa: E402
-from vgf_fast.evaluation import evaluate  # noqa: E402
+from vgf_fast.envs import tasks  # noqa: E402
+from vgf_fast.envs.evaluation import evaluate  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -283,7 +283,7 @@ def test_a_lock_does_not_outlive_its_holder(tmp_path):
 
 
 def test_what_another_process_generated_meanwhile_is_not_replaced(tmp_path):
-    from vgf_fast.data.generate import _write
+    from vgf_fast.envs.generate import _write
 
     path = tmp_path / "a.npz"
     path.write_bytes(b"another's")

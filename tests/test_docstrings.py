@@ -15,10 +15,10 @@ import vgf_fast as vgf
 PACKAGE = Path(vgf.__file__).parent
 # Modules whose public names are for users; of the package itself, those of __all__.
 MODULES = (
-    "data.dataset", "data.files", "data.d4rl", "data.minari", "data.ogbench", "data.generate", "data.tasks",
-    "data.replay", "evaluation", "online", "checkpoints", "reference_checkpoint", "finetune", "run", "reproduce",
-    "settings", "presets", "config", "functional", "policy", "learner", "demo", "llm.embedding_flow", "llm.baselines",
-    "llm.latent", "llm.data", "llm.run",
+    "data.dataset", "data.files", "data.d4rl", "data.minari", "data.ogbench", "data.replay", "envs.generate",
+    "envs.tasks", "envs.evaluation", "online", "common.checkpoints", "reference_checkpoint", "finetune", "run",
+    "reproduce", "settings", "presets", "config", "functional", "policy", "learner", "demo", "llm.embedding_flow",
+    "llm.baselines", "llm.latent", "llm.data", "llm.run",
 )  # fmt: skip
 # Where a formula or a protocol is someone else's, whose it is.
 SOURCES = ("paper", "release", "ALGORITHM", "Stable-Baselines3", "LeRobot")
@@ -156,6 +156,6 @@ def test_the_walk_finds_what_raises():
     assert raises(("vgf_fast.policy", "VGFPolicy", "sample_actions"))
     assert raises(("vgf_fast.presets", None, "preset"))
     assert raises(("vgf_fast.learner", "Learner", "save"))
-    assert raises(("vgf_fast.evaluation", None, "evaluate"))
-    assert raises(("vgf_fast.data.tasks", None, "load"))
+    assert raises(("vgf_fast.envs.evaluation", None, "evaluate"))
+    assert raises(("vgf_fast.envs.tasks", None, "load"))
     assert not raises(("vgf_fast.policy", "VGFPolicy", "reset"))

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import vgf_fast as vgf
-from vgf_fast.evaluation import EvaluationError, bootstrap_interval, evaluate
-from vgf_fast.simulators import EpisodeSeed, Simulator
+from vgf_fast.envs.evaluation import EvaluationError, bootstrap_interval, evaluate
+from vgf_fast.envs.simulators import EpisodeSeed, Simulator
 
 gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("ogbench")

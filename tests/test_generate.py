@@ -13,9 +13,9 @@ import pytest
 
 pytest.importorskip("ogbench")
 
-from vgf_fast.data import generate as module
-from vgf_fast.data.collection import EpisodeSpec, make_collector
-from vgf_fast.data.generate import NAMES, GeneratedFiles, GenerationError, generate
+from vgf_fast.envs import generate as module
+from vgf_fast.envs.collection import EpisodeSpec, make_collector
+from vgf_fast.envs.generate import NAMES, GeneratedFiles, GenerationError, generate
 
 # OGBench's own loader, called directly, builds environments with bounds given in float64.
 pytestmark = pytest.mark.filterwarnings("ignore:.*precision lowered by casting")

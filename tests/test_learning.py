@@ -116,7 +116,7 @@ def test_records_are_what_the_runs_gave(data, small, tmp_path, capsys):
 
 
 def test_success_of_the_data(tmp_path, monkeypatch):
-    from vgf_fast.data.generate import generate
+    from vgf_fast.envs.generate import generate
 
     generate("pointmaze-medium-navigate", tmp_path, episodes=4, steps_per_episode=300, processes=1, progress=False)
     task = learning.tasks.load(learning.TASKS["pointmaze"]["run"]["task"], tmp_path)

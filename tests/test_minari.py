@@ -11,7 +11,7 @@ from minari.data_collector.episode_buffer import EpisodeBuffer  # noqa: E402
 
 from vgf_fast.common.bounds import ActionBounds  # noqa: E402
 from vgf_fast.data import minari as loader  # noqa: E402
-from vgf_fast.data import tasks  # noqa: E402
+from vgf_fast.envs import tasks  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 

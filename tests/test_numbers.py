@@ -10,7 +10,7 @@ import torch
 import vgf_fast as vgf
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.data.replay import ReplayBuffer
-from vgf_fast.evaluation import evaluate
+from vgf_fast.envs.evaluation import evaluate
 from vgf_fast.online import OnlineTraining
 from vgf_fast.settings import RunConfig
 

@@ -20,8 +20,9 @@ import torch
 
 pytest.importorskip("ogbench")
 
-from vgf_fast.data import Dataset, ogbench, tasks
-from vgf_fast.data.generate import generate
+from vgf_fast.data import Dataset, ogbench
+from vgf_fast.envs import tasks
+from vgf_fast.envs.generate import generate
 
 NAME = "pointmaze-medium-navigate-v0"
 TASK = "pointmaze-medium-navigate-singletask-task1-v0"
@@ -295,7 +296,7 @@ def test_make_env(source: Path) -> None:
 def test_importing_the_package_imports_no_simulator() -> None:
     modules = "('ogbench', 'gymnasium', 'mujoco', 'h5py', 'rich', 'minari')"
     program = (
-        "import sys, vgf_fast.data.ogbench, vgf_fast.data.generate; "
+        "import sys, vgf_fast.data.ogbench, vgf_fast.envs.generate; "
         f"print([name for name in {modules} if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ pytest.importorskip("ogbench")
 pytest.importorskip("tyro")
 from vgf_fast import reproduce
 from vgf_fast.common import interrupts
-from vgf_fast.data.generate import generate
+from vgf_fast.envs.generate import generate
 from vgf_fast.presets import PaperScore, preset
 from vgf_fast.settings import layered
 

@@ -301,7 +301,7 @@ def command_after(text, printed):
 
 def test_finetuning_is_interrupted_goes_on_and_names_a_command_that_works(data, tmp_path, monkeypatch, capsys):
     pytest.importorskip("gymnasium")
-    from vgf_fast.simulators import Simulator
+    from vgf_fast.envs.simulators import Simulator
 
     run, out = tmp_path / "a run", tmp_path / "on line"
     assert main(arguments(data, run, "--env", "Reacher-v5")) == 0

@@ -26,7 +26,7 @@ from vgf_fast.reference import FlowResult
 if TYPE_CHECKING:
     from vgf_fast import data, llm
     from vgf_fast.data import Dataset
-    from vgf_fast.evaluation import evaluate
+    from vgf_fast.envs.evaluation import evaluate
 
 __version__ = "0.1.0"
 
@@ -56,7 +56,7 @@ __all__ = [
 _LAZY = {
     "Dataset": ("vgf_fast.data", "Dataset"),
     "data": ("vgf_fast.data", None),
-    "evaluate": ("vgf_fast.evaluation", "evaluate"),
+    "evaluate": ("vgf_fast.envs.evaluation", "evaluate"),
     "llm": ("vgf_fast.llm", None),
 }
 

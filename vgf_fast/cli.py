@@ -28,11 +28,11 @@ from vgf_fast import functional, native
 from vgf_fast.common import checkpoints, interrupts, locks, openmp
 from vgf_fast.config import Precision
 from vgf_fast.demo import DemoConfig
+from vgf_fast.envs.simulators import EvaluationError, Workers
 from vgf_fast.functional import Backend
 from vgf_fast.online import Style
 from vgf_fast.run import InterruptedRunError
 from vgf_fast.settings import RunConfig, Sections
-from vgf_fast.simulators import EvaluationError, Workers
 
 if TYPE_CHECKING:
     from vgf_fast.console import Console
@@ -201,7 +201,7 @@ def _demo(options: Demo, console: Console) -> None:
 
 
 def _generate(options: Generate, console: Console) -> None:
-    from vgf_fast.data.generate import GenerationError, generate
+    from vgf_fast.envs.generate import GenerationError, generate
 
     try:
         files = generate(
@@ -222,7 +222,7 @@ def _generate(options: Generate, console: Console) -> None:
 
 def _train(options: Train, sections: Sections, console: Console) -> None:
     from vgf_fast import run as runs
-    from vgf_fast.data import tasks
+    from vgf_fast.envs import tasks
 
     run, out = options.run, options.out
     if runs.holds_run(out) and not options.resume:
@@ -274,8 +274,8 @@ def _train_settings(options: Train) -> Sections:
 
 
 def _evaluate(options: Evaluate, console: Console) -> None:
-    from vgf_fast.data import tasks
-    from vgf_fast.evaluation import evaluate
+    from vgf_fast.envs import tasks
+    from vgf_fast.envs.evaluation import evaluate
     from vgf_fast.policy import MODEL_FILE, VGFPolicy
     from vgf_fast.run import POLICY, SETTINGS_FILE, choose_device
     from vgf_fast.settings import read_file

@@ -10,7 +10,7 @@ from rich.console import Console as RichConsole
 from rich.console import JustifyMethod
 from rich.table import Table
 
-from vgf_fast.evaluation import EvaluationResult
+from vgf_fast.envs.evaluation import EvaluationResult
 
 
 class Console:

@@ -22,7 +22,7 @@ from vgf_fast.common import checkpoints
 from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import MAX_SEED, TrainConfig, TransportBudget, VGFConfig, integer, integers
 from vgf_fast.data.dataset import Dataset
-from vgf_fast.evaluation import EvaluationResult, bootstrap_interval, evaluate
+from vgf_fast.envs.evaluation import EvaluationResult, bootstrap_interval, evaluate
 from vgf_fast.functional import Backend
 from vgf_fast.learner import Learner
 from vgf_fast.policy import VGFPolicy

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vgf_fast.common import checkpoints, interrupts, locks
-from vgf_fast.data import tasks
+from vgf_fast.envs import tasks
 from vgf_fast.functional import Backend
 from vgf_fast.learner import LEARNER_FILE, Learner
 from vgf_fast.online import OnlineTraining, Record, Style

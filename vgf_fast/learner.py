@@ -574,7 +574,7 @@ class Learner:
     def _evaluate(
         self, make_env: Callable[[], Any], episodes: int, flow_steps: Sequence[int], num_envs: int
     ) -> dict[str, float]:
-        from vgf_fast.evaluation import evaluate
+        from vgf_fast.envs.evaluation import evaluate
 
         record = {}
         for result in evaluate(

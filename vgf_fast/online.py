@@ -21,9 +21,9 @@ from vgf_fast.common.ambient import neutral
 from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import MAX_SEED, integer, integers, real
 from vgf_fast.data.replay import ReplayBuffer
-from vgf_fast.evaluation import Score, check_environment, evaluate
+from vgf_fast.envs.evaluation import Score, check_environment, evaluate
+from vgf_fast.envs.simulators import EpisodeSeed, Simulator
 from vgf_fast.learner import check_losses
-from vgf_fast.simulators import EpisodeSeed, Simulator
 
 if TYPE_CHECKING:
     from vgf_fast.data.dataset import Dataset
@@ -67,7 +67,7 @@ class OnlineTraining:
             updates_per_step: updates after each later step.
             buffer_size: most transitions kept, the offline ones of "one_buffer" included.
             reward_scale, reward_shift: new rewards become reward_scale * reward + reward_shift, as the offline ones
-                were, such as ``data.tasks.Task`` has them.
+                were, such as ``envs.tasks.Task`` has them.
             seed: of the episodes and of acting.
 
         Raises ``ValueError`` naming an argument out of its range, or an environment whose spaces are not the policy's.

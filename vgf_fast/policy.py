@@ -21,12 +21,12 @@ from vgf_fast.common.ambient import neutral
 from vgf_fast.common.arrays import as_tensor
 from vgf_fast.common.bounds import ActionBounds
 from vgf_fast.config import MAX_SEED, Selection, TransportBudget, VGFConfig, choice, config_from_reference, integer
+from vgf_fast.envs.simulators import spaces_of
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache
 from vgf_fast.kernels import ranges
 from vgf_fast.networks import EnsembleMLP, GaussianBehavior, ScoreField, VelocityField
 from vgf_fast.reference import FlowResult, MLPWeights
-from vgf_fast.simulators import spaces_of
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"

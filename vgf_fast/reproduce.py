@@ -23,8 +23,8 @@ import torch
 from vgf_fast import run as runs
 from vgf_fast.common import checkpoints, locks
 from vgf_fast.config import MAX_SEED, VGFConfig
-from vgf_fast.data import tasks
-from vgf_fast.evaluation import bootstrap_interval
+from vgf_fast.envs import tasks
+from vgf_fast.envs.evaluation import bootstrap_interval
 from vgf_fast.presets import PaperScore
 from vgf_fast.settings import RunConfig, Sections, read_file, to_yaml
 

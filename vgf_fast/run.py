@@ -30,8 +30,8 @@ from vgf_fast.common import checkpoints, interrupts
 from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import TrainConfig, VGFConfig
 from vgf_fast.data.dataset import Dataset
-from vgf_fast.data.tasks import Evaluation
-from vgf_fast.evaluation import EvaluationResult, check_environment, evaluate
+from vgf_fast.envs.evaluation import EvaluationResult, check_environment, evaluate
+from vgf_fast.envs.tasks import Evaluation
 from vgf_fast.learner import BEST, LEARNER_FILE, Learner
 from vgf_fast.policy import CONFIG_FILE, MODEL_FILE, VGFPolicy
 from vgf_fast.settings import RunConfig, Sections, to_yaml

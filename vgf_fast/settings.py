@@ -21,9 +21,9 @@ from vgf_fast.config import (
     integer,
     integers,
 )
+from vgf_fast.envs.simulators import Workers
 from vgf_fast.functional import Backend
 from vgf_fast.presets import SECTIONS, merged, preset
-from vgf_fast.simulators import Workers
 
 Sections = dict[str, dict[str, Any]]
 

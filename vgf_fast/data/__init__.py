@@ -1,4 +1,4 @@
-"""Datasets of transitions: device-resident storage, OGBench files, and their generation in the simulator."""
+"""Files and suites to transitions on a device."""
 
 from vgf_fast.data.dataset import Dataset
 

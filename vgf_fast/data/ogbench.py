@@ -112,7 +112,7 @@ def load(
                 download(f"{url.rstrip('/')}/{path.name}", path, progress=progress)
         elif dataset_dir is not None:
             raise FileNotFoundError(
-                f"{missing[0]} does not exist: generate it (vgf_fast.data.generate), or download it, or pass "
+                f"{missing[0]} does not exist: generate it (vgf_fast.envs.generate), or download it, or pass "
                 f"dataset_dir=None to let OGBench download it"
             )
         else:
@@ -230,7 +230,7 @@ def _download(ogbench: Any, dataset: str, folder: Path, missing: list[Path]) -> 
     except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
         raise ConnectionError(
             f"{dataset} could not be downloaded to {folder} ({error}): the OGBench server seems to be away; "
-            f"generate the data (vgf_fast.data.generate) or get it elsewhere, and pass its folder as dataset_dir"
+            f"generate the data (vgf_fast.envs.generate) or get it elsewhere, and pass its folder as dataset_dir"
         ) from error
     except OSError as error:
         raise OSError(error.errno, f"{dataset} cannot be written: {error.strerror}", str(folder)) from error

@@ -13,8 +13,8 @@ import torch
 from vgf_fast.common.bounds import ActionBounds
 from vgf_fast.data import d4rl, files, minari, ogbench
 from vgf_fast.data.dataset import Dataset
-from vgf_fast.evaluation import Score
-from vgf_fast.simulators import read_spaces
+from vgf_fast.envs.evaluation import Score
+from vgf_fast.envs.simulators import read_spaces
 
 D4RL, MINARI = "d4rl/", "minari/"
 

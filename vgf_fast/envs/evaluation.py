@@ -19,8 +19,7 @@ import torch
 from vgf_fast.common.bounds import ActionBounds
 from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import MAX_SEED, integer, integers, real
-from vgf_fast.policy import VGFPolicy
-from vgf_fast.simulators import (
+from vgf_fast.envs.simulators import (
     EpisodeSeed,
     EvaluationError,
     Simulators,
@@ -29,6 +28,7 @@ from vgf_fast.simulators import (
     make_simulators,
     read_spaces,
 )
+from vgf_fast.policy import VGFPolicy
 
 __all__ = ["EvaluationError", "EvaluationResult", "Score", "bootstrap_interval", "evaluate"]
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vgf_fast.common.progress import progress_bar
-from vgf_fast.data.collection import Episode, EpisodeSpec, collect_in_worker, make_collector, start_worker
 from vgf_fast.data.writing import removing, waiting_for
+from vgf_fast.envs.collection import Episode, EpisodeSpec, collect_in_worker, make_collector, start_worker
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence
