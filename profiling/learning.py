@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from profiling import machine
-from vgf_fast import reproduce
 from vgf_fast.common import checkpoints
 from vgf_fast.envs import tasks
 from vgf_fast.envs.evaluation import EvaluationResult, bootstrap_interval
-from vgf_fast.finetune import RECORDS, finetune
+from vgf_fast.experiments import reproduce
+from vgf_fast.experiments.finetune import RECORDS, finetune
 
 RESULTS = machine.REPOSITORY / "profiling" / "results" / "learning"
 SEEDS = (0, 1, 2)

@@ -25,10 +25,11 @@ import torch
 
 from profiling import machine, records
 from profiling.bench import say
-from vgf_fast import VGFPolicy, demo
+from vgf_fast import VGFPolicy
 from vgf_fast.common import checkpoints
 from vgf_fast.config import TrainConfig, VGFConfig
 from vgf_fast.envs.evaluation import EvaluationResult, evaluate
+from vgf_fast.experiments import demo
 
 RESULTS = machine.REPOSITORY / "profiling" / "results" / "demo"
 TURN = 50  # updates

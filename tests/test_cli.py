@@ -213,7 +213,7 @@ def test_a_directory_with_a_run_is_refused(data, finished, tmp_path, capsys):
 def test_a_signal_saves_and_the_run_goes_on(data, finished, tmp_path, monkeypatch, capsys, number, place):
     import vgf_fast as vgf
     from vgf_fast.envs.simulators import Simulator
-    from vgf_fast.run import CsvLog
+    from vgf_fast.experiments.run import CsvLog
 
     calls = 0
 
@@ -261,7 +261,8 @@ KILLER = """
     import json, os, signal, sys
     import torch
     import gymnasium, mujoco, ogbench, rich.table, torch._dynamo, tyro  # once, not in every child
-    from vgf_fast import Learner, cli, console, run
+    from vgf_fast import Learner, cli, console
+    from vgf_fast.experiments import run
     from vgf_fast.data import ogbench
     from vgf_fast.envs.simulators import Simulator
 
@@ -542,7 +543,8 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
     heavy = ("gymnasium", "mujoco", "ogbench", "h5py", "rich", "tyro", "triton", "matplotlib", "yaml", "tensorboard")
     code = f"""
         import sys
-        import vgf_fast.cli, vgf_fast.demo, vgf_fast.envs.evaluation, vgf_fast.plots, vgf_fast.presets, vgf_fast.run
+        import vgf_fast.cli, vgf_fast.envs.evaluation
+        from vgf_fast.experiments import demo, plots, presets, run
         loaded = [name for name in {heavy} if name in sys.modules]
         assert not loaded, loaded
     """

@@ -14,7 +14,7 @@ import vgf_fast as vgf
 from vgf_fast import cli
 from vgf_fast.cli import main
 from vgf_fast.envs.simulators import EvaluationError
-from vgf_fast.settings import layered
+from vgf_fast.experiments.settings import layered
 
 pytest.importorskip("gymnasium")
 pytest.importorskip("mujoco")

@@ -15,18 +15,19 @@ import vgf_fast as vgf
 PACKAGE = Path(vgf.__file__).parent
 # Modules whose public names are for users; of the package itself, those of __all__.
 MODULES = (
-    "data.dataset", "data.files", "data.d4rl", "data.minari", "data.ogbench", "data.replay", "envs.generate",
-    "envs.tasks", "envs.evaluation", "online", "common.checkpoints", "reference_checkpoint", "finetune", "run",
-    "reproduce", "settings", "presets", "config", "functional", "policy", "learner", "demo", "llm.embedding_flow",
-    "llm.baselines", "llm.latent", "llm.data", "llm.run",
+    "config", "functional", "policy", "learner", "online", "reference_checkpoint", "common.checkpoints",
+    "data.dataset", "data.files", "data.d4rl", "data.minari", "data.ogbench", "data.replay", "envs.evaluation",
+    "envs.generate", "envs.tasks", "experiments.demo", "experiments.finetune", "experiments.presets",
+    "experiments.reproduce", "experiments.run", "experiments.settings", "llm.baselines", "llm.data",
+    "llm.embedding_flow", "llm.latent", "llm.run",
 )  # fmt: skip
 # Where a formula or a protocol is someone else's, whose it is.
 SOURCES = ("paper", "release", "ALGORITHM", "Stable-Baselines3", "LeRobot")
 SOURCED = (
     "learner.Learner.update", "learner.Learner.fit", "learner.Learner.finetune_online", "policy.VGFPolicy.predict",
     "policy.VGFPolicy.select_action", "policy.VGFPolicy.reset", "policy.VGFPolicy.flow_particles",
-    "policy.VGFPolicy.draw_particles", "policy.VGFPolicy.sample_actions", "presets.preset", "functional.behavior_flow",
-    "functional.svgd_direction", "functional.value_gradient_flow", "functional.td_target",
+    "policy.VGFPolicy.draw_particles", "policy.VGFPolicy.sample_actions", "experiments.presets.preset",
+    "functional.behavior_flow", "functional.svgd_direction", "functional.value_gradient_flow", "functional.td_target",
     "functional.select_particle", "functional.critic_value_and_score", "online.OnlineTraining",
     "config.TransportBudget", "config.VGFConfig", "config.TrainConfig",
 )  # fmt: skip
@@ -154,7 +155,7 @@ def test_the_walk_finds_what_raises():
     assert {"policy.VGFPolicy.sample_actions", "functional.td_target", "online.OnlineTraining"} <= set(PUBLIC)
     assert set(SOURCED) <= set(PUBLIC)
     assert raises(("vgf_fast.policy", "VGFPolicy", "sample_actions"))
-    assert raises(("vgf_fast.presets", None, "preset"))
+    assert raises(("vgf_fast.experiments.presets", None, "preset"))
     assert raises(("vgf_fast.learner", "Learner", "save"))
     assert raises(("vgf_fast.envs.evaluation", None, "evaluate"))
     assert raises(("vgf_fast.envs.tasks", None, "load"))

@@ -11,8 +11,8 @@ import vgf_fast as vgf
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.data.replay import ReplayBuffer
 from vgf_fast.envs.evaluation import evaluate
+from vgf_fast.experiments.settings import RunConfig
 from vgf_fast.online import OnlineTraining
-from vgf_fast.settings import RunConfig
 
 SIZES = {"observation_dim": 3, "action_dim": 2, "hidden_dims": (8,), "behavior_hidden_dims": (8,), "particles": 3}
 

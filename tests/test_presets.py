@@ -8,8 +8,8 @@ from importlib.resources import files
 import pytest
 
 from vgf_fast.config import TrainConfig, TransportBudget, VGFConfig
-from vgf_fast.presets import dotted, merged, preset, presets, train_presets
-from vgf_fast.settings import RunConfig
+from vgf_fast.experiments.presets import dotted, merged, preset, presets, train_presets
+from vgf_fast.experiments.settings import RunConfig
 
 NAMES = list(presets)
 
@@ -87,7 +87,7 @@ def test_they_are_a_mapping():
 
 
 def test_every_family_is_used_and_every_field_known():
-    tables = json.loads(files("vgf_fast").joinpath("presets.json").read_text())
+    tables = json.loads(files("vgf_fast.experiments").joinpath("presets.json").read_text())
     blocks = {**tables["families"], **tables["presets"]}
     assert {block["inherits"] for block in blocks.values() if "inherits" in block} == set(tables["families"])
     known = {"inherits", "policy", "train", "run", "ours", "tasks", "paper"}
@@ -102,7 +102,7 @@ def test_merging_writes_neither():
 
 
 def test_the_file_is_read_when_asked_for():
-    spec = importlib.util.find_spec("vgf_fast.presets")
+    spec = importlib.util.find_spec("vgf_fast.experiments.presets")
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)
     assert fresh._tables.cache_info().misses == 0

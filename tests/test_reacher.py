@@ -4,7 +4,7 @@ import pytest
 from test_profiling import load_profiling
 
 import vgf_fast as vgf
-from vgf_fast import demo
+from vgf_fast.experiments import demo
 
 load_profiling()
 from profiling import reacher  # noqa: E402

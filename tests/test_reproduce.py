@@ -12,11 +12,11 @@ import pytest
 
 pytest.importorskip("ogbench")
 pytest.importorskip("tyro")
-from vgf_fast import reproduce
 from vgf_fast.common import interrupts
 from vgf_fast.envs.generate import generate
-from vgf_fast.presets import PaperScore, preset
-from vgf_fast.settings import layered
+from vgf_fast.experiments import reproduce
+from vgf_fast.experiments.presets import PaperScore, preset
+from vgf_fast.experiments.settings import layered
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 PRESET = "ogbench/pointmaze-medium-navigate"

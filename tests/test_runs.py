@@ -86,7 +86,7 @@ def error_of(capsys):
 
 
 def test_a_second_run_in_a_directory_is_refused(data, trained, tmp_path, capsys):
-    from vgf_fast import reproduce
+    from vgf_fast.experiments import reproduce
 
     before = files(trained)
     with locks.holding(trained):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vgf_fast.common import openmp as openmp  # first: it acts before torch is loaded
 from vgf_fast.config import TrainConfig, TransportBudget, VGFConfig, config_from_reference
+from vgf_fast.experiments.presets import presets, train_presets
 from vgf_fast.functional import (
     behavior_flow,
     critic_value_and_score,
@@ -20,7 +21,6 @@ from vgf_fast.functional import (
 )
 from vgf_fast.learner import Learner
 from vgf_fast.policy import VGFPolicy
-from vgf_fast.presets import presets, train_presets
 from vgf_fast.reference import FlowResult
 
 if TYPE_CHECKING:

@@ -27,12 +27,12 @@ import torch
 from vgf_fast import functional, native
 from vgf_fast.common import checkpoints, interrupts, locks, openmp
 from vgf_fast.config import Precision
-from vgf_fast.demo import DemoConfig
 from vgf_fast.envs.simulators import EvaluationError, Workers
+from vgf_fast.experiments.demo import DemoConfig
+from vgf_fast.experiments.run import InterruptedRunError
+from vgf_fast.experiments.settings import RunConfig, Sections
 from vgf_fast.functional import Backend
 from vgf_fast.online import Style
-from vgf_fast.run import InterruptedRunError
-from vgf_fast.settings import RunConfig, Sections
 
 if TYPE_CHECKING:
     from vgf_fast.console import Console
@@ -187,9 +187,9 @@ class Info:
 
 
 def _demo(options: Demo, console: Console) -> None:
-    from vgf_fast import demo
     from vgf_fast.console import name_of
-    from vgf_fast.run import choose_device
+    from vgf_fast.experiments import demo
+    from vgf_fast.experiments.run import choose_device
 
     device = choose_device(options.device or "cpu")
     found = demo.run(options.demo, options.out, device, options.backend, console.line)
@@ -221,8 +221,8 @@ def _generate(options: Generate, console: Console) -> None:
 
 
 def _train(options: Train, sections: Sections, console: Console) -> None:
-    from vgf_fast import run as runs
     from vgf_fast.envs import tasks
+    from vgf_fast.experiments import run as runs
 
     run, out = options.run, options.out
     if runs.holds_run(out) and not options.resume:
@@ -261,8 +261,8 @@ def _train(options: Train, sections: Sections, console: Console) -> None:
 
 def _train_settings(options: Train) -> Sections:
     """Everything but the flags of the run: the directory's own settings first, where it is gone on with."""
-    from vgf_fast import run as runs
-    from vgf_fast.settings import layered, read_file
+    from vgf_fast.experiments import run as runs
+    from vgf_fast.experiments.settings import layered, read_file
 
     saved = options.out / runs.SETTINGS_FILE
     base: Sections = read_file(saved) if options.resume and saved.is_file() else {}
@@ -276,9 +276,9 @@ def _train_settings(options: Train) -> Sections:
 def _evaluate(options: Evaluate, console: Console) -> None:
     from vgf_fast.envs import tasks
     from vgf_fast.envs.evaluation import evaluate
+    from vgf_fast.experiments.run import POLICY, SETTINGS_FILE, choose_device
+    from vgf_fast.experiments.settings import read_file
     from vgf_fast.policy import MODEL_FILE, VGFPolicy
-    from vgf_fast.run import POLICY, SETTINGS_FILE, choose_device
-    from vgf_fast.settings import read_file
 
     if options.task is not None and options.env is not None:
         raise ValueError(f"--task is {options.task} and --env is {options.env}, expected only one of them")
@@ -323,16 +323,16 @@ def _evaluate(options: Evaluate, console: Console) -> None:
 
 
 def _finetune(options: Finetune, console: Console) -> None:
-    from vgf_fast.finetune import finetune
+    from vgf_fast.experiments.finetune import finetune
 
     finetune(console=console, **{field.name: getattr(options, field.name) for field in dataclasses.fields(options)})
     console.line(f"done; evaluate with: vgf-fast evaluate --policy {shlex.quote(str(options.out))}")
 
 
 def _reproduce(options: Reproduce, console: Console) -> None:
-    from vgf_fast import reproduce
-    from vgf_fast.presets import preset
-    from vgf_fast.settings import layered
+    from vgf_fast.experiments import reproduce
+    from vgf_fast.experiments.presets import preset
+    from vgf_fast.experiments.settings import layered
 
     sections = layered(options.preset, options.config, options.set, {})
     for name in ("dataset_dir", "device"):
@@ -359,7 +359,7 @@ def _align(options: Align, console: Console) -> None:
 
 
 def _presets(options: Presets, console: Console) -> None:
-    from vgf_fast.presets import AMORTIZED, preset, presets, train_presets
+    from vgf_fast.experiments.presets import AMORTIZED, preset, presets, train_presets
 
     names = list(presets) if options.name is None else [options.name]
     if options.json or options.name is not None:

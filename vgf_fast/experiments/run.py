@@ -32,9 +32,9 @@ from vgf_fast.config import TrainConfig, VGFConfig
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.envs.evaluation import EvaluationResult, check_environment, evaluate
 from vgf_fast.envs.tasks import Evaluation
+from vgf_fast.experiments.settings import RunConfig, Sections, to_yaml
 from vgf_fast.learner import BEST, LEARNER_FILE, Learner
 from vgf_fast.policy import CONFIG_FILE, MODEL_FILE, VGFPolicy
-from vgf_fast.settings import RunConfig, Sections, to_yaml
 
 SETTINGS_FILE, DATA_FILE = "config.yaml", "data.json"
 TRAIN_LOG, EVAL_LOG = "train.csv", "eval.csv"

@@ -11,7 +11,7 @@ import numpy as np
 from vgf_fast.common.checkpoints import replacing
 
 if TYPE_CHECKING:
-    from vgf_fast.demo import Picture
+    from vgf_fast.experiments.demo import Picture
 
 COLORS = ("#7f7f7f", "#d95f02", "#1b6ca8", "#4d9221")
 DOTS_PER_INCH = 150

@@ -1,7 +1,7 @@
 """The paper's protocol: a preset, several seeds, one table against the paper's numbers.
 
-A directory holds settings.yaml, a run for each seed (see ``vgf_fast.run``), and, written anew from the runs' own logs
-whenever one ends: evaluations.csv, summary.json, curve.png. Runs that are done are not run again and one that was
+A directory holds settings.yaml, a run for each seed (see ``experiments.run``), and, written anew from the runs' own
+logs whenever one ends: evaluations.csv, summary.json, curve.png. Runs that are done are not run again and one that was
 interrupted goes on, so that a call that was killed anywhere is repeated to the same table.
 """
 
@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from vgf_fast import run as runs
 from vgf_fast.common import checkpoints, locks
 from vgf_fast.config import MAX_SEED, VGFConfig
 from vgf_fast.envs import tasks
 from vgf_fast.envs.evaluation import bootstrap_interval
-from vgf_fast.presets import PaperScore
-from vgf_fast.settings import RunConfig, Sections, read_file, to_yaml
+from vgf_fast.experiments import run as runs
+from vgf_fast.experiments.presets import PaperScore
+from vgf_fast.experiments.settings import RunConfig, Sections, read_file, to_yaml
 
 SETTINGS, EVALUATIONS, SUMMARY, CURVE = "settings.yaml", "evaluations.csv", "summary.json", "curve.png"
 # What a score is, the first that the evaluations have: column, name, factor.

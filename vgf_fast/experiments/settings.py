@@ -22,8 +22,8 @@ from vgf_fast.config import (
     integers,
 )
 from vgf_fast.envs.simulators import Workers
+from vgf_fast.experiments.presets import SECTIONS, merged, preset
 from vgf_fast.functional import Backend
-from vgf_fast.presets import SECTIONS, merged, preset
 
 Sections = dict[str, dict[str, Any]]
 

@@ -58,7 +58,7 @@ class Preset:
 
 @functools.cache
 def _tables() -> dict[str, dict[str, Any]]:
-    tables = json.loads(files("vgf_fast").joinpath("presets.json").read_text(encoding="utf-8"))
+    tables = json.loads(files("vgf_fast.experiments").joinpath("presets.json").read_text(encoding="utf-8"))
     blocks = dict(tables["presets"])
     for name, block in tables["presets"].items():
         if not name.startswith("demo/"):

@@ -23,10 +23,10 @@ from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import MAX_SEED, TrainConfig, TransportBudget, VGFConfig, integer, integers
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.envs.evaluation import EvaluationResult, bootstrap_interval, evaluate
+from vgf_fast.experiments.presets import preset
 from vgf_fast.functional import Backend
 from vgf_fast.learner import Learner
 from vgf_fast.policy import VGFPolicy
-from vgf_fast.presets import preset
 
 ENVIRONMENT = "Reacher-v5"
 PRESET = "demo/reacher"
@@ -172,7 +172,7 @@ def run(
     ``say`` is told in a line what is done. On one machine's CPU the same ``config`` gives the same results.json.
     Raises ``ImportError`` when Gymnasium, MuJoCo or matplotlib is not installed.
     """
-    from vgf_fast import plots
+    from vgf_fast.experiments import plots
 
     config = config.checked()
     say(f"collecting {config.episodes} episodes of {ENVIRONMENT}")

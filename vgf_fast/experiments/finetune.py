@@ -16,10 +16,7 @@ from typing import Protocol
 
 from vgf_fast.common import checkpoints, interrupts, locks
 from vgf_fast.envs import tasks
-from vgf_fast.functional import Backend
-from vgf_fast.learner import LEARNER_FILE, Learner
-from vgf_fast.online import OnlineTraining, Record, Style
-from vgf_fast.run import (
+from vgf_fast.experiments.run import (
     CHECKPOINT,
     POLICY,
     SETTINGS_FILE,
@@ -28,7 +25,10 @@ from vgf_fast.run import (
     choose_device,
     write_data,
 )
-from vgf_fast.settings import RunConfig, read_file, to_yaml
+from vgf_fast.experiments.settings import RunConfig, read_file, to_yaml
+from vgf_fast.functional import Backend
+from vgf_fast.learner import LEARNER_FILE, Learner
+from vgf_fast.online import OnlineTraining, Record, Style
 
 RECORDS = "online.jsonl"
 
