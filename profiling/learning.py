@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from profiling import machine
-from vgf_fast.common import checkpoints
+from vgf_fast.common.files import write_text
+from vgf_fast.common.intervals import bootstrap_interval
 from vgf_fast.envs import tasks
-from vgf_fast.envs.evaluation import EvaluationResult, bootstrap_interval
+from vgf_fast.envs.evaluation import EvaluationResult
 from vgf_fast.experiments import reproduce
 from vgf_fast.experiments.finetune import RECORDS, finetune
 
@@ -207,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = measure_online if given.online else measure
     record = run(given.task, given.data.resolve(), given.work, reproduce.parse_seeds(given.seeds))
     path = given.out / f"{given.task}{'-online' if given.online else ''}.json"
-    checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
+    write_text(path, json.dumps(record, indent=1) + "\n")
     sys.stdout.write(f"written: {path}\n")
     return 0
 

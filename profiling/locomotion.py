@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vgf_fast.common import checkpoints
+from vgf_fast.common.files import replacing
 from vgf_fast.common.progress import progress_bar
 
 ENVIRONMENT = "HalfCheetah-v4"
@@ -142,7 +142,7 @@ def make(folder: Path, episodes: int, seed: int) -> Path:
     arrays = collect(env, search(env, seed)[FIRST:], episodes, seed)
     env.close()
     folder.mkdir(parents=True, exist_ok=True)
-    with checkpoints.replacing(folder / FILE) as part, h5py.File(part, "w") as file:
+    with replacing(folder / FILE) as part, h5py.File(part, "w") as file:
         for name, array in arrays.items():
             file.create_dataset(name, data=array, compression="gzip", track_times=False)
     return folder / FILE

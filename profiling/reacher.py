@@ -26,7 +26,7 @@ import torch
 from profiling import machine, records
 from profiling.bench import say
 from vgf_fast import VGFPolicy
-from vgf_fast.common import checkpoints
+from vgf_fast.common.files import write_text
 from vgf_fast.config import TrainConfig, VGFConfig
 from vgf_fast.envs.evaluation import EvaluationResult, evaluate
 from vgf_fast.experiments import demo
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show(record)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"release_seed{config.seed}.json"
-    checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
+    write_text(path, json.dumps(record, indent=1) + "\n")
     say(f"written: {path}")
     return 0
 

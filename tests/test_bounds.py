@@ -412,7 +412,7 @@ def test_the_command_line_learns_and_evaluates_in_the_environments_units(tmp_pat
 
 def test_a_buffer_refuses_actions_in_other_units():
     buffer = ReplayBuffer(3, 2, 1)
-    with pytest.raises(ValueError, match=r"action is \[2\.0\], expected in \[-1, 1\]: rescale it by vgf_fast\.bounds"):
+    with pytest.raises(ValueError, match=r"action is \[2\.0\], expected in \[-1, 1\]: rescale it by vgf_fast"):
         buffer.add([0, 0], [2.0], [0, 0], 0.0, 1.0)
 
 

@@ -11,6 +11,7 @@ import torch
 import vgf_fast as vgf
 from vgf_fast.common import checkpoints
 from vgf_fast.common.checkpoints import CheckpointError
+from vgf_fast.common.files import replacing
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([True, False]), "c": torch.zeros(0, 4).bfloat16()}
 HEADER = {"step": 3, "config": {"x": [1, 2]}}
@@ -68,7 +69,7 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(path):
     before = path.read_bytes()
 
     def fail():
-        with checkpoints.replacing(path) as temporary:
+        with replacing(path) as temporary:
             temporary.write_text("half")
             raise KeyboardInterrupt
 
@@ -87,9 +88,9 @@ def test_what_is_not_finite_replaces_nothing(path):
 
 
 def test_two_writers_leave_each_other_alone(path):
-    with checkpoints.replacing(path) as first:
+    with replacing(path) as first:
         first.write_text("first")
-        with checkpoints.replacing(path) as second:
+        with replacing(path) as second:
             second.write_text("second")
         assert path.read_text() == "second"
         assert first.read_text() == "first"
@@ -122,12 +123,12 @@ def test_a_kill_while_writing_leaves_the_old_file(path, moment):
     script = f"""
         import os, signal, sys
         from pathlib import Path
-        from vgf_fast.common import checkpoints
+        from vgf_fast.common.files import replacing
         def die(*_):
             os.kill(os.getpid(), signal.SIGKILL)
         if {moment!r} != "write":
             setattr(os, {moment!r}.split(".")[1], die)
-        with checkpoints.replacing({str(path)!r}) as temporary:
+        with replacing({str(path)!r}) as temporary:
             temporary.write_bytes(b"half")
             if {moment!r} == "write":
                 die()

@@ -34,7 +34,7 @@ SOURCED = (
 
 
 # What writes a file, and so raises OSError.
-WRITERS = [("vgf_fast.common.checkpoints", None, "replacing")]
+WRITERS = [("vgf_fast.common.files", None, "replacing")]
 
 
 def public():

@@ -17,7 +17,8 @@ import torch
 
 import vgf_fast as vgf
 from vgf_fast.cli import main
-from vgf_fast.common import checkpoints, interrupts, locks
+from vgf_fast.common import interrupts, locks
+from vgf_fast.common.files import write_text
 
 pytest.importorskip("tyro")
 pytest.importorskip("rich")
@@ -362,5 +363,5 @@ def test_two_alignments_into_one_file_are_refused(tmp_path):
 
 def test_what_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/x.csv'"), disk_full_beyond(1000):
-        checkpoints.write_text(tmp_path / "x.csv", "a" * 2000)
+        write_text(tmp_path / "x.csv", "a" * 2000)
     assert os.listdir(tmp_path) == []

@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from vgf_fast import functional, native
-from vgf_fast.common import checkpoints, interrupts, locks, openmp
+from vgf_fast.common import interrupts, locks, openmp
+from vgf_fast.common.devices import choose_device
+from vgf_fast.common.files import write_text
 from vgf_fast.config import Precision
 from vgf_fast.envs.simulators import EvaluationError, Workers
 from vgf_fast.experiments.demo import DemoConfig
@@ -189,7 +191,6 @@ class Info:
 def _demo(options: Demo, console: Console) -> None:
     from vgf_fast.console import name_of
     from vgf_fast.experiments import demo
-    from vgf_fast.experiments.run import choose_device
 
     device = choose_device(options.device or "cpu")
     found = demo.run(options.demo, options.out, device, options.backend, console.line)
@@ -235,7 +236,7 @@ def _train(options: Train, sections: Sections, console: Console) -> None:
         run = dataclasses.replace(run, dataset_dir=str(Path(run.dataset_dir).expanduser().resolve()))
     if tasks.is_file(run.task):
         run = dataclasses.replace(run, task=str(Path(run.task).expanduser().resolve()))
-    device, dtype = runs.choose_device(run.device), getattr(torch, run.data_precision)
+    device, dtype = choose_device(run.device), getattr(torch, run.data_precision)
     task = tasks.load(
         run.task, run.dataset_dir, env=run.env, url=run.data_url, action_low=run.action_low,
         action_high=run.action_high, device=device, dtype=dtype,
@@ -276,7 +277,7 @@ def _train_settings(options: Train) -> Sections:
 def _evaluate(options: Evaluate, console: Console) -> None:
     from vgf_fast.envs import tasks
     from vgf_fast.envs.evaluation import evaluate
-    from vgf_fast.experiments.run import POLICY, SETTINGS_FILE, choose_device
+    from vgf_fast.experiments.run import POLICY, SETTINGS_FILE
     from vgf_fast.experiments.settings import read_file
     from vgf_fast.policy import MODEL_FILE, VGFPolicy
 
@@ -318,7 +319,7 @@ def _evaluate(options: Evaluate, console: Console) -> None:
             "confidence": options.confidence,
             "results": [result.to_dict() for result in results],
         }
-        checkpoints.write_text(options.json, json.dumps(record, indent=2) + "\n")
+        write_text(options.json, json.dumps(record, indent=2) + "\n")
         console.line(f"written: {options.json}")
 
 

@@ -20,8 +20,9 @@ from vgf_fast.common import checkpoints, memory
 from vgf_fast.common.ambient import neutral
 from vgf_fast.common.arrays import as_tensor
 from vgf_fast.common.bounds import ActionBounds
+from vgf_fast.common.files import write_text
+from vgf_fast.common.spaces import spaces_of
 from vgf_fast.config import MAX_SEED, Selection, TransportBudget, VGFConfig, choice, config_from_reference, integer
-from vgf_fast.envs.simulators import spaces_of
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache
 from vgf_fast.kernels import ranges
@@ -456,7 +457,7 @@ class VGFPolicy(nn.Module):
         path = Path(directory)
         tensors = dict(self.named_parameters())
         checkpoints.save_tensors(path / MODEL_FILE, "policy", tensors, {"config": self.config.to_dict()})
-        checkpoints.write_text(path / CONFIG_FILE, json.dumps(self.config.to_dict(), indent=2) + "\n")
+        write_text(path / CONFIG_FILE, json.dumps(self.config.to_dict(), indent=2) + "\n")
         return path
 
     @classmethod

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from vgf_fast.common import checkpoints
 from vgf_fast.common.arrays import as_tensor
 from vgf_fast.common.bounds import ActionBounds
+from vgf_fast.common.files import replacing
 from vgf_fast.common.memory import total_memory
 from vgf_fast.common.progress import progress_bar
 from vgf_fast.data.dataset import (
@@ -372,7 +372,7 @@ def _write_mapped(
             stack.enter_context(waiting_for(file))
             if _is_whole(file, size):
                 return
-            part = stack.enter_context(checkpoints.replacing(file))
+            part = stack.enter_context(replacing(file))
             with part.open("rb+") as out:
                 # Pages of a mapped file that find no room end the process.
                 reserve(out, size)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from vgf_fast.common.bounds import ActionBounds
+from vgf_fast.common.intervals import bootstrap_interval
 from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import MAX_SEED, integer, integers, real
 from vgf_fast.envs.simulators import (
@@ -33,7 +34,6 @@ from vgf_fast.policy import VGFPolicy
 __all__ = ["EvaluationError", "EvaluationResult", "Score", "bootstrap_interval", "evaluate"]
 
 Score = Callable[[float], float] | tuple[float, float]
-BOOTSTRAP_RESAMPLES = 2000
 MAX_EPISODE_STEPS = 10_000  # longer than an episode of any task here
 
 
@@ -159,15 +159,6 @@ def check_environment(policy: VGFPolicy, make_env: Callable[[], Any]) -> ActionB
     Raises ``ValueError`` or ``TypeError`` for an environment that the policy does not fit, as ``evaluate`` does.
     """
     return _action_bounds(policy, read_spaces(make_env))
-
-
-def bootstrap_interval(values: Sequence[float] | np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of values [M], from ``BOOTSTRAP_RESAMPLES`` seeded resamples."""
-    array = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(len(array), size=(BOOTSTRAP_RESAMPLES, len(array)))
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(array[picks].mean(axis=1), [tail, 1.0 - tail])
-    return float(low), float(high)
 
 
 def _normalizer(score: Score | None) -> Callable[[float], float] | None:

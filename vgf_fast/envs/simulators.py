@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
-from vgf_fast.common.bounds import ActionBounds
+from vgf_fast.common.spaces import Spaces, spaces_of
 
 Workers = Literal["sync", "async"]
 SUCCESS = ("success", "is_success")  # where an environment's info may say so
@@ -43,42 +43,6 @@ class Outcome(NamedTuple):
     done: bool
     success: bool | None
     terminated: bool = False  # not merely out of time
-
-
-class Spaces(NamedTuple):
-    """Sizes and bounds of an environment with vector observations and actions."""
-
-    observation_dim: int
-    action_low: np.ndarray  # [A]
-    action_high: np.ndarray  # [A]
-
-    @property
-    def bounds(self) -> ActionBounds | None:
-        """Of the actions; None where one is infinite."""
-        if not np.isfinite([self.action_low, self.action_high]).all():
-            return None
-        return ActionBounds(tuple(self.action_low.tolist()), tuple(self.action_high.tolist()))
-
-
-def spaces_of(env: Any, observation: Any = None, action: Any = None) -> Spaces:
-    """Sizes and bounds of an environment, of a vector environment those of one of its environments.
-
-    ``observation`` and ``action`` are its spaces, where they were read before. Raises ``ValueError`` for spaces that
-    are no boxes of vectors and for actions that are no real numbers, naming what mends it.
-    """
-    is_vector = hasattr(env, "single_action_space")
-    prefix, wrappers = ("single_", "gymnasium.wrappers.vector") if is_vector else ("", "gymnasium.wrappers")
-    observation = getattr(env, f"{prefix}observation_space") if observation is None else observation
-    action = getattr(env, f"{prefix}action_space") if action is None else action
-    for name, space, mend in (
-        ("observation", observation, f"use {wrappers}.FlattenObservation"),
-        ("action", action, f"use a wrapper with a Box action space, such as one made by {wrappers}.TransformAction"),
-    ):
-        if not hasattr(space, "high") or len(space.shape) != 1:
-            raise ValueError(f"the {name} space is {space}, expected a Box of vectors: {mend}")
-    if not np.issubdtype(action.dtype, np.floating):
-        raise ValueError(f"the action space holds {action.dtype}, expected floating numbers")
-    return Spaces(observation.shape[0], action.low.copy(), action.high.copy())
 
 
 def read_spaces(make_env: Callable[[], Any]) -> Spaces:

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from vgf_fast.common import checkpoints
+from vgf_fast.common.files import write_text
+from vgf_fast.common.intervals import bootstrap_interval
 from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import MAX_SEED, TrainConfig, TransportBudget, VGFConfig, integer, integers
 from vgf_fast.data.dataset import Dataset
-from vgf_fast.envs.evaluation import EvaluationResult, bootstrap_interval, evaluate
+from vgf_fast.envs.evaluation import EvaluationResult, evaluate
 from vgf_fast.experiments.presets import preset
 from vgf_fast.functional import Backend
 from vgf_fast.learner import Learner
@@ -207,7 +208,7 @@ def run(
     learner.policy.save_pretrained(out / "policy")
     plots.learning_curve(out / "learning_curve.png", *_curve_lines(curve), data_return=mean)
     plots.particles(out / "particles.png", picture(learner.policy, dataset, config.seed))
-    checkpoints.write_text(out / "results.json", json.dumps(_record(config, learner, found), indent=2) + "\n")
+    write_text(out / "results.json", json.dumps(_record(config, learner, found), indent=2) + "\n")
     return found
 
 

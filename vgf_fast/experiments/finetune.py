@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from vgf_fast.common import checkpoints, interrupts, locks
+from vgf_fast.common import interrupts, locks
+from vgf_fast.common.devices import choose_device
+from vgf_fast.common.files import write_text
 from vgf_fast.envs import tasks
 from vgf_fast.experiments.run import (
     CHECKPOINT,
@@ -22,7 +24,6 @@ from vgf_fast.experiments.run import (
     SETTINGS_FILE,
     InterruptedRunError,
     check_data,
-    choose_device,
     write_data,
 )
 from vgf_fast.experiments.settings import RunConfig, read_file, to_yaml
@@ -102,7 +103,7 @@ def finetune(
                 raise ValueError(f"steps is {steps}, but the checkpoint in {out} has {training.steps} already")
             policy, train = learner.policy.config.to_dict(), learner.config.to_dict()
             sections = {"policy": policy, "train": train, "run": dataclasses.asdict(settings)}
-            checkpoints.write_text(out / SETTINGS_FILE, to_yaml(sections))
+            write_text(out / SETTINGS_FILE, to_yaml(sections))
             write_data(out, task.train)
             _cut(out / RECORDS, training.steps)
             start = "going on after" if training.steps else "after"
@@ -148,4 +149,4 @@ def _cut(path: Path, step: int) -> None:
     """Drop the records later than a step, and one that was cut off; without any step, all."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() and step else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    checkpoints.write_text(path, "".join(kept))
+    write_text(path, "".join(kept))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vgf_fast.common.checkpoints import replacing
+from vgf_fast.common.files import replacing
 
 if TYPE_CHECKING:
     from vgf_fast.experiments.demo import Picture

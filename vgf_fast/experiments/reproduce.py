@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from vgf_fast.common import checkpoints, locks
+from vgf_fast.common import locks
+from vgf_fast.common.devices import choose_device
+from vgf_fast.common.files import replacing, write_text
+from vgf_fast.common.intervals import bootstrap_interval
 from vgf_fast.config import MAX_SEED, VGFConfig
 from vgf_fast.envs import tasks
-from vgf_fast.envs.evaluation import bootstrap_interval
 from vgf_fast.experiments import run as runs
 from vgf_fast.experiments.presets import PaperScore
 from vgf_fast.experiments.settings import RunConfig, Sections, read_file, to_yaml
@@ -126,7 +128,7 @@ def _reproduce(
         run = dataclasses.replace(run, dataset_dir=str(Path(run.dataset_dir).expanduser().resolve()))
     sections = {**sections, "run": dataclasses.asdict(run)}
     _check_settings(out, sections)
-    device, dtype = runs.choose_device(run.device), getattr(torch, run.data_precision)
+    device, dtype = choose_device(run.device), getattr(torch, run.data_precision)
     task = tasks.load(
         run.task, run.dataset_dir, env=run.env, url=run.data_url, action_low=run.action_low,
         action_high=run.action_high, device=device, dtype=dtype,
@@ -135,7 +137,7 @@ def _reproduce(
         raise ValueError(f"{run.task} has no environment to evaluate in: give run.env")
     for line in task.summary.splitlines():
         reporter.line(line)
-    checkpoints.write_text(out / SETTINGS, to_yaml(sections))
+    write_text(out / SETTINGS, to_yaml(sections))
     for seed in seeds:
         folder = out / f"seed_{seed}"
         own = {**sections, "train": {**sections["train"], "seed": seed}}
@@ -220,8 +222,8 @@ def summarise(out: Path, sections: Sections, seeds: Sequence[int], paper: PaperS
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    checkpoints.write_text(out / EVALUATIONS, text.getvalue())
-    checkpoints.write_text(out / SUMMARY, json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+    write_text(out / EVALUATIONS, text.getvalue())
+    write_text(out / SUMMARY, json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
     _draw(out / CURVE, summary, steps, run.eval_flow_steps, scores)
     return summary
 
@@ -257,7 +259,7 @@ def _draw(
         figure = curve(summary, steps, flow_steps, scores)
     except ImportError:
         return
-    with checkpoints.replacing(path) as part:
+    with replacing(path) as part:
         figure.savefig(part, format="png", dpi=130)
 
 

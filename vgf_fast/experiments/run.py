@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 
 from vgf_fast.common import checkpoints, interrupts
+from vgf_fast.common.files import replacing, write_text
 from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import TrainConfig, VGFConfig
 from vgf_fast.data.dataset import Dataset
@@ -78,7 +79,7 @@ class CsvLog:
             complete = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
             self.steps = {int(row.split(",")[0]) for row in complete}
             kept = [header, *complete] if complete else []
-        checkpoints.write_text(path, "".join(kept))
+        write_text(path, "".join(kept))
         self._is_empty = not kept
         self._file = path.open("a", encoding="utf-8", newline="")
 
@@ -147,7 +148,7 @@ def save_checkpoint(learner: Learner, directory: Path) -> None:
         # Saving replaces a file's name and never writes into it: two names can share one file.
         os.link(directory / LEARNER_FILE, kept)
     except OSError:
-        with checkpoints.replacing(kept) as temporary:
+        with replacing(kept) as temporary:
             shutil.copyfile(directory / LEARNER_FILE, temporary)
     for old in list(_steps(directory).values())[:-KEPT]:
         _remove_checkpoint(old)
@@ -187,18 +188,7 @@ def check_data(out: Path, dataset: Dataset) -> None:
 
 def write_data(out: Path, dataset: Dataset) -> None:
     """Note in a run's directory what it learns from. Raises ``OSError`` where that cannot be written."""
-    checkpoints.write_text(out / DATA_FILE, json.dumps(fingerprint(dataset), indent=2) + "\n")
-
-
-def choose_device(asked: str | None) -> str:
-    """The device asked for, else the GPU if there is one. Raises ``ValueError`` for a device that is not here."""
-    name = asked or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, dtype=torch.float32, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device is {name!r}, which cannot be used here: {reason}") from error
-    return name
+    write_text(out / DATA_FILE, json.dumps(fingerprint(dataset), indent=2) + "\n")
 
 
 def open_learner(out: Path, sections: Sections, dataset: Dataset, run: RunConfig) -> Learner:
@@ -256,7 +246,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     policy, train_ = learner.policy.config.to_dict(), learner.config.to_dict()
     sections = {"policy": policy, "train": train_, "run": dataclasses.asdict(run)}
-    checkpoints.write_text(out / SETTINGS_FILE, to_yaml(sections))
+    write_text(out / SETTINGS_FILE, to_yaml(sections))
     write_data(out, dataset)
     with interrupts.listening(), _Logs(out, learner.step, run.tensorboard) as logs:
         again = again or f"vgf-fast train --out {shlex.quote(str(out))} --resume"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vgf_fast.envs.evaluation import bootstrap_interval
+from vgf_fast.common.intervals import bootstrap_interval
 from vgf_fast.llm.reward import Reward
 
 Source = str | Path | Iterable[Mapping[str, Any]]  # a file, or rows such as a split of the ``datasets`` library

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from vgf_fast.common import locks
+from vgf_fast.common.devices import choose_device
 from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import MAX_SEED, TransportBudget, integer
-from vgf_fast.experiments.run import choose_device
 from vgf_fast.llm.baselines import BestOfN, TokenSearch
 from vgf_fast.llm.data import Message, read_rows, render_chat
 from vgf_fast.llm.embedding_flow import Aligner, EmbeddingFlow, TokenBudget
