@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PARALLEL := -n 2
 endif
 
-.PHONY: demo test lint format gpu bench report nsys ncu clean
+.PHONY: demo test lint docs format gpu bench report nsys ncu clean
 
 demo: $(READY)
 	$(PYTHON) -m vgf_fast.cli demo
@@ -18,6 +18,10 @@ lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(READY)
+	$(PYTHON) -m mkdocs build --strict --quiet
 
 format: $(READY)
 	$(PYTHON) -m ruff check --fix .
@@ -36,7 +40,7 @@ nsys ncu: $(READY)
 	$(PYTHON) -m profiling.nsight $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
 
 # The d4rl package asks for MuJoCo's old bindings; what the tests compare with needs none of it.
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -1,4 +1,4 @@
-"""Write the tables and charts of README.md and docs/performance.md from the records: ``python -m profiling.report``.
+"""Write the tables and charts of README.md and docs/ from the records: ``python -m profiling.report``.
 
 What stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced; nothing else is touched. No record, no number.
 The charts in ``docs/`` are drawn anew when the numbers they show have changed.
@@ -20,10 +20,8 @@ from profiling.charts import Bars, Curve
 from profiling.records import Record
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-README = REPOSITORY / "README.md"
 RESULTS = REPOSITORY / "profiling" / "results"
 DOCS = REPOSITORY / "docs"
-PERFORMANCE = DOCS / "performance.md"
 NOT_YET = "Not yet measured on a GPU."
 NAMES = {
     "ours-float32": "vgf_fast, float32",
@@ -268,7 +266,7 @@ def learned(folder: Path) -> str:
     verdicts = (
         ("The L of the training beats best of N in", lambda gain: gain["low"] > 0),
         ("The L of the training loses to best of N in", lambda gain: gain["high"] < 0),
-        ("The interval of its gain holds 0 in", lambda gain: gain["low"] <= 0 <= gain["high"]),
+        ("The interval of its gain includes 0 in", lambda gain: gain["low"] <= 0 <= gain["high"]),
     )
     named = [(text, [one["task"] for one in found if holds(one["gain"])]) for text, holds in verdicts]
     parts = [f"{text} {_listed(names)}." for text, names in named if names]
@@ -312,7 +310,7 @@ def online(folder: Path) -> str:
 
 
 def demonstration(folder: Path) -> str:
-    """Returns of the demo, a seed a column, and beside the public release's where both were trained."""
+    """Returns of the demo, a column for each seed."""
     paths = sorted(folder.glob("reacher_seed*.json"))
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     rows = [["the data's own controller", *(_return(record["data"]) for record in found)]]
@@ -320,16 +318,15 @@ def demonstration(folder: Path) -> str:
         rows.append([_setting(results[0]["label"]), *(_return(result) for result in results)])
     header = ["return, 60 episodes (95 % interval)", *(f"seed {record['demo']['seed']}" for record in found)]
     files = ", ".join(f"`{path.relative_to(REPOSITORY)}`" for path in paths)
-    text = f"{table(header, rows)}\n\nRecords: {files}, from `vgf-fast demo --seed N`."
-    return "\n\n".join([text, *beside_the_release(folder)])
+    return f"{table(header, rows)}\n\nRecords: {files}, from `vgf-fast demo --seed N`."
 
 
-def beside_the_release(folder: Path) -> list[str]:
-    """The same trained by the public release, means over seeds; nothing without records."""
+def beside_the_release(folder: Path) -> str:
+    """Returns of the demo trained here and by the public release, a mean over episodes for each seed."""
     paths = sorted(folder.glob("release_seed*.json"))
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     if not found:
-        return []
+        return "Not yet measured."
     rows = []
     for results in zip(*(one["methods"][name]["results"] for one in found for name in PAIR), strict=True):
         means = [result["return_mean"] for result in results]
@@ -349,7 +346,8 @@ def beside_the_release(folder: Path) -> list[str]:
     files = ", ".join(f"`{path.relative_to(REPOSITORY)}`" for path in paths)
     source = f"Time of an update here by the release's, median over turns: {ratios}. Threads: {found[0]['threads']}."
     header = ["return, mean of 60 episodes", "vgf_fast", "public JAX release"]
-    return [about, table(header, rows), f"{source} Records: {files}, from `python -m profiling.reacher`."]
+    records = f"{source} Records: {files}, from `python -m profiling.reacher`."
+    return "\n\n".join([about, table(header, rows), records])
 
 
 PAIR = ("ours", "release")
@@ -499,34 +497,40 @@ def draw(check: bool) -> bool:
     return not stale
 
 
-SECTIONS: dict[str, Callable[[], str]] = {
-    "demo": lambda: demonstration(RESULTS / "demo"),
-    "learning": lambda: learned(RESULTS / "learning"),
-    "online": lambda: online(RESULTS / "learning"),
-    "cpu": lambda: times(RESULTS / "cpu.jsonl"),
-    "gpu": lambda: times(RESULTS / "gpu.jsonl"),
-    "launches": launches,
-    "resources": resources,
-    "llm": lambda: nearest(RESULTS / "llm-cpu.jsonl"),
-    "alignment": lambda: alignment(
-        *(RESULTS / f"{name}.json" for name in ("alignment", "alignment-overhead", "alignment-320"))
-    ),
-}
-DETAILS: dict[str, Callable[[], str]] = {
-    "ops": lambda: operations(RESULTS / "ops-cpu.jsonl"),
-    "ops-gpu": lambda: operations(RESULTS / "gpu.jsonl"),
-    "scaling": lambda: exponents(RESULTS / "scaling-cpu.jsonl"),
-    "roofline": lambda: roofline(RESULTS / "roofline-cpu.json"),
-    "roofline-gpu": lambda: roofline(RESULTS / "roofline-cuda.json"),
+SPEED: dict[str, Callable[[], str]] = {"cpu": lambda: times(RESULTS / "cpu.jsonl")}
+# Page, from the repository's root -> its sections, by the name between their markers.
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"demo": lambda: demonstration(RESULTS / "demo"), **SPEED},
+    "docs/reproduce.md": {
+        "learning": lambda: learned(RESULTS / "learning"),
+        "online": lambda: online(RESULTS / "learning"),
+        "release": lambda: beside_the_release(RESULTS / "demo"),
+    },
+    "docs/language-models.md": {
+        "alignment": lambda: alignment(
+            *(RESULTS / f"{name}.json" for name in ("alignment", "alignment-overhead", "alignment-320"))
+        ),
+    },
+    "docs/kernels.md": {"launches": launches, "resources": resources},
+    "docs/performance.md": {
+        **SPEED,
+        "gpu": lambda: times(RESULTS / "gpu.jsonl"),
+        "ops": lambda: operations(RESULTS / "ops-cpu.jsonl"),
+        "ops-gpu": lambda: operations(RESULTS / "gpu.jsonl"),
+        "llm": lambda: nearest(RESULTS / "llm-cpu.jsonl"),
+        "scaling": lambda: exponents(RESULTS / "scaling-cpu.jsonl"),
+        "roofline": lambda: roofline(RESULTS / "roofline-cpu.json"),
+        "roofline-gpu": lambda: roofline(RESULTS / "roofline-cuda.json"),
+    },
 }
 
 
-def rendered(text: str, sections: dict[str, Callable[[], str]] | None = None) -> str:
-    """The text with every section written anew, by default the README's.
+def rendered(text: str, sections: dict[str, Callable[[], str]]) -> str:
+    """The text with every section written anew.
 
     Raises ``ValueError`` for a section whose markers it lacks.
     """
-    for name, make in (SECTIONS if sections is None else sections).items():
+    for name, make in sections.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"the text has no one place for {name!r}: expected {begin} and {end}, once each")
@@ -544,7 +548,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     fresh = draw(options.check)
-    for path, sections in ((README, SECTIONS), (PERFORMANCE, DETAILS)):
+    for page, sections in PAGES.items():
+        path = REPOSITORY / page
         before = path.read_text(encoding="utf-8")
         after = rendered(before, sections)
         fresh &= after == before

@@ -163,7 +163,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
 class TestMakefile:
     """What make would run, in a folder of its own; it runs nothing."""
 
-    TARGETS = ("demo", "test", "lint", "format", "gpu", "bench", "report", "nsys", "ncu")
+    TARGETS = ("demo", "test", "lint", "docs", "format", "gpu", "bench", "report", "nsys", "ncu")
 
     @pytest.fixture
     def folder(self, tmp_path):

@@ -354,16 +354,16 @@ def test_gpu_says_that_there_is_none(tmp_path):
 
 
 class TestReport:
-    def test_the_readme_is_what_the_records_give(self):
+    def test_the_pages_are_what_the_records_give(self):
         assert report.main(["--check"]) == 0, "run: python -m profiling.report"
 
-    def test_only_what_stands_between_the_markers_changes(self, monkeypatch):
-        monkeypatch.setattr(report, "SECTIONS", {"one": lambda: "new"})
+    def test_only_what_stands_between_the_markers_changes(self):
+        sections = {"one": lambda: "new"}
         text = "before <!-- one -->\nold\n<!-- /one --> after"
-        assert report.rendered(text) == "before <!-- one -->\nnew\n<!-- /one --> after"
-        assert report.rendered(report.rendered(text)) == report.rendered(text)
+        assert report.rendered(text, sections) == "before <!-- one -->\nnew\n<!-- /one --> after"
+        assert report.rendered(report.rendered(text, sections), sections) == report.rendered(text, sections)
         with pytest.raises(ValueError, match="no one place for 'one'"):
-            report.rendered("nothing here")
+            report.rendered("nothing here", sections)
 
     def test_without_a_record_it_says_so(self, tmp_path):
         assert report.times(tmp_path / "gpu.jsonl") == "Not yet measured on a GPU."

@@ -73,7 +73,7 @@ def test_the_demo_and_the_release_side_by_side(results):
     assert "| L = 0, best of N | " in text
     assert "| L = 10 | " in text
     assert "`reacher_seed0.json`, `reacher_seed1.json`" in text
-    assert "release" not in text
+    assert report.beside_the_release(results) == "Not yet measured."
     for seed in (0, 1):
         methods = {
             name: {
@@ -85,7 +85,7 @@ def test_the_demo_and_the_release_side_by_side(results):
         }
         record = {"demo": {"seed": seed, "updates": 2000}, "threads": 1, "ratio": 0.8 + seed / 10, "methods": methods}
         (results / f"release_seed{seed}.json").write_text(json.dumps(record))
-    text = report.demonstration(results)
+    text = report.beside_the_release(results)
     assert "| L = 10 | -12.0, -13.0 | -13.0, -14.0 |" in text
     assert "| seconds of the first update, which compiles | 0.3, 0.3 | 25.0, 25.0 |" in text
     assert "| seconds of all others | 50, 51 | 60, 61 |" in text
@@ -94,20 +94,20 @@ def test_the_demo_and_the_release_side_by_side(results):
 
 
 def test_every_page_is_written_and_then_left_alone(tmp_path, monkeypatch):
-    pages = {"README": tmp_path / "a.md", "PERFORMANCE": tmp_path / "b.md"}
-    for name, path in pages.items():
-        monkeypatch.setattr(report, name, path)
-        path.write_text("x <!-- one --><!-- /one --> y\n")
-    monkeypatch.setattr(report, "SECTIONS", {"one": lambda: "1"})
-    monkeypatch.setattr(report, "DETAILS", {"one": lambda: "2"})
+    monkeypatch.setattr(report, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(report, "PAGES", {"a.md": {"one": lambda: "1"}, "docs/b.md": {"one": lambda: "2"}})
     monkeypatch.setattr(report, "draw", lambda check: True)
+    (tmp_path / "docs").mkdir()
+    pages = [tmp_path / name for name in report.PAGES]
+    for path in pages:
+        path.write_text("x <!-- one --><!-- /one --> y\n")
     assert report.main(["--check"]) == 1
-    assert pages["README"].read_text() == "x <!-- one --><!-- /one --> y\n"
+    assert pages[0].read_text() == "x <!-- one --><!-- /one --> y\n"
     assert report.main([]) == 0
-    assert pages["README"].read_text() == "x <!-- one -->\n1\n<!-- /one --> y\n"
-    assert pages["PERFORMANCE"].read_text() == "x <!-- one -->\n2\n<!-- /one --> y\n"
-    before = {path: path.stat().st_mtime_ns for path in pages.values()}
+    assert pages[0].read_text() == "x <!-- one -->\n1\n<!-- /one --> y\n"
+    assert pages[1].read_text() == "x <!-- one -->\n2\n<!-- /one --> y\n"
+    before = {path: path.stat().st_mtime_ns for path in pages}
     assert report.main([]) == report.main(["--check"]) == 0
-    assert {path: path.stat().st_mtime_ns for path in pages.values()} == before
+    assert {path: path.stat().st_mtime_ns for path in pages} == before
     monkeypatch.setattr(report, "draw", lambda check: False)
     assert report.main(["--check"]) == 1

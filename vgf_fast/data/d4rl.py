@@ -130,7 +130,8 @@ def load(
             downloaded.
         url: address of the file to download instead of that on D4RL's server, such as a mirror's.
         normalize_reward: False leaves locomotion rewards as they are.
-        device, dtype: of the transitions; the default device is the CPU.
+        device: where the transitions lie; the default is the CPU.
+        dtype: of the transitions, a floating dtype of torch.
         progress: whether a download shows a bar.
 
     Raises:

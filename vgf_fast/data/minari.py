@@ -51,7 +51,8 @@ def load(
         dataset: identifier such as "mujoco/hopper/medium-v0", or a ``minari.MinariDataset``.
         dataset_dir: folder of data sets; nothing is downloaded then. None: Minari's own (MINARI_DATASETS_PATH), into
             which a missing data set is downloaded.
-        device, dtype: of the transitions; the default device is the CPU.
+        device: where the transitions lie; the default is the CPU.
+        dtype: of the transitions, a floating dtype of torch.
 
     Raises:
         ValueError: spaces that are not supported (discrete actions, images, integers, unbounded actions), or an episode

@@ -88,7 +88,8 @@ def load(
             `url`. None: the folder in the environment variable OGBENCH_DATASET_DIR, else "~/.ogbench/data", where
             OGBench downloads what is missing.
         url: address of a mirror's folder, from which missing files are downloaded instead.
-        device, dtype: of the returned data sets; the default device is the CPU.
+        device: where the transitions lie; the default is the CPU.
+        dtype: of the transitions, a floating dtype of torch.
         progress: whether a download from `url` shows a bar.
 
     Raises:
