@@ -129,7 +129,7 @@ def test_clips_actions_to_the_releases_bound() -> None:
         ({"terminals": np.full(12, 2)}, ValueError, "terminals holds 2 in row 0, expected 0 or 1"),
         ({"dtype": torch.int32}, TypeError, "dtype is torch.int32"),
         ({"dtype": np.float32}, TypeError, "expected a floating dtype of torch"),
-        ({"action_clip": 0.0}, ValueError, "action_clip is 0.0, expected in (0, 1]"),
+        ({"action_clip": 0.0}, ValueError, "action_clip is 0.0, expected a number in (0, 1]"),
     ],
 )
 def test_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -338,7 +338,7 @@ def test_environments_are_closed_whatever_happens():
         ({"flow_steps": (0, -1)}, r"flow_steps is \(0, -1\), expected integers >= 0"),
         ({"flow_steps": ()}, "flow_steps is empty"),
         ({"flow_steps": (1, 1)}, "expected different numbers"),
-        ({"workers": "many"}, "workers is 'many', expected 'sync' or 'async'"),
+        ({"workers": "many"}, "workers is 'many', expected one of 'sync', 'async'"),
         ({"score": (1.0, 1.0)}, r"score is \(1.0, 1.0\), expected \(low, high\) with high > low"),
     ],
 )

@@ -103,7 +103,7 @@ def resolve_backend(
 
     Raises ``ValueError`` for an unknown backend, and for "triton" where its kernels cannot run, naming the limit.
     """
-    if backend not in ("auto", "triton", "torch"):
+    if not isinstance(backend, str) or backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend is {backend!r}, expected 'auto', 'triton' or 'torch'")
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
         return "torch"

@@ -48,6 +48,23 @@ def check_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} has NaN or infinity in row {row}, expected finite numbers in {dtype}")
 
 
+def check_range(name: str, tensor: Tensor, network: MLPWeights) -> None:
+    """On a CPU, raise ``ValueError`` naming an input so large that LayerNorm's squares overflow without a NaN."""
+    if not tensor.numel() or not _are_looked_at(tensor):
+        return
+    dtype = network.weights[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    # A layer's sums may be that many times larger than its input.
+    limit = min(torch.finfo(dtype).max, 1e-4 * torch.finfo(wide).max ** 0.5)
+    largest = torch.linalg.vector_norm(tensor.detach(), math.inf).item()
+    if limit < largest < math.inf:
+        raise ValueError(f"{name} reaches {largest:g}, expected smaller numbers: squares leave the range of {wide}")
+
+
+def _are_looked_at(tensor: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and tensor.is_cpu and not _are_left.get() and native.has_memory(tensor)
+
+
 def check_weights(name: str, mlp: MLPWeights) -> None:
     """Raise ``ValueError`` naming the first of a network's tensors that has NaN or infinity."""
     for group, tensors in zip(mlp._fields, mlp[:4], strict=False):
@@ -61,9 +78,7 @@ def check_result(result: Tensor, network: tuple[str, MLPWeights] | None = None, 
 
     Where all of them are finite, the largest input is named: numbers in between are too large for their dtype.
     """
-    if torch.compiler.is_compiling() or not result.is_cpu or _are_left.get() or not native.has_memory(result):
-        return
-    if is_finite(result):
+    if not _are_looked_at(result) or is_finite(result):
         return
     dtype = result.dtype if network is None else network[1].weights[0].dtype
     for name, tensor in inputs.items():

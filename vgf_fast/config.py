@@ -25,8 +25,9 @@ TargetReduce = Literal["mean", "max"]
 # Of temperatures and step sizes: float32 holds their quotients with scores, and the squares of these.
 SMALLEST, LARGEST = 1e-12, 1e12
 
-# What seeds may be: 64 bits with a sign, so that a seed and a small number more still seed torch.
-MAX_SEED = 2**63 - 1
+LARGEST_INTEGER = 2**63 - 1  # of 64 bits with a sign, which sizes and counts have in PyTorch
+# What seeds may be: so that a seed and a small number more still seed torch.
+MAX_SEED = LARGEST_INTEGER
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -35,6 +36,8 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     if not is_integer or value < low or (high is not None and value > high):  # type: ignore[operator]
         expected = f">= {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name} is {value!r}, expected an integer {expected}")
+    if high is None and value > LARGEST_INTEGER:  # type: ignore[operator]
+        raise ValueError(f"{name} is {value!r}, expected an integer of 64 bits, at most {LARGEST_INTEGER}")
     return int(value)  # type: ignore[call-overload]
 
 
@@ -308,6 +311,13 @@ def config_from_reference(config: Mapping[str, Any]) -> tuple[VGFConfig, TrainCo
                 f"the release's configuration has no {key!r}; add it, e.g. {key}={[29] if key == 'ob_dims' else 8}"
             )
     ref = {**_REFERENCE_DEFAULTS, **config}
+
+    def whole(key: str) -> int:
+        return integer(f"the release's {key}", ref[key], 0)
+
+    def number(key: str) -> float:
+        return float(real(f"the release's {key}", ref[key], -math.inf))
+
     choice("the release's agent_name", ref["agent_name"], ("vgf", "avgf"))
     amortized = ref["agent_name"] == "avgf"
     if ref["encoder"] is not None:
@@ -317,7 +327,7 @@ def config_from_reference(config: Mapping[str, Any]) -> tuple[VGFConfig, TrainCo
     ob_dims = ref["ob_dims"]
     if isinstance(ob_dims, int):
         ob_dims = (ob_dims,)
-    if len(ob_dims) != 1:
+    if not isinstance(ob_dims, (tuple, list)) or len(ob_dims) != 1:
         raise ValueError(
             f"the release's configuration has ob_dims={ref['ob_dims']!r}, expected one number: state vectors"
         )
@@ -327,16 +337,16 @@ def config_from_reference(config: Mapping[str, Any]) -> tuple[VGFConfig, TrainCo
     selection: Selection = (
         ref["eval_particle_select"] if ref["eval_particle_select"] in ("max", "softmax") else "random"
     )
-    budget = TransportBudget(int(ref["train_vgf_steps"]), float(ref["vgf_lr"]), float(ref["vgf_alpha"]))
+    budget = TransportBudget(whole("train_vgf_steps"), number("vgf_lr"), number("vgf_alpha"))
     policy = VGFConfig(
-        observation_dim=int(ob_dims[0]),
-        action_dim=int(ref["action_dim"]),
-        hidden_dims=tuple(ref["value_hidden_dims"]),
+        observation_dim=integer("the release's ob_dims", ob_dims[0], 1),
+        action_dim=whole("action_dim"),
+        hidden_dims=integers("the release's value_hidden_dims", ref["value_hidden_dims"], 1),
         members=2,
         layer_norm=ref["layer_norm"],
         activation=ref["activations"],
         behavior=_REFERENCE_BEHAVIOR[ref["bc_policy_type"]],
-        behavior_hidden_dims=tuple(ref["actor_hidden_dims"]),
+        behavior_hidden_dims=integers("the release's actor_hidden_dims", ref["actor_hidden_dims"], 1),
         behavior_layer_norm=ref["actor_layer_norm"],
         behavior_steps=ref["bc_flow_steps"],
         gaussian_tanh=ref["bc_use_tanh"],
@@ -348,16 +358,16 @@ def config_from_reference(config: Mapping[str, Any]) -> tuple[VGFConfig, TrainCo
         amortized=amortized,
         bandwidth_gradient=True,
         selection=selection,
-        selection_temperature=float(ref["softmax_temp"]),
+        selection_temperature=number("softmax_temp"),
     )
     train = TrainConfig(
         batch_size=ref["batch_size"],
-        critic_learning_rate=float(ref["value_lr"]),
-        behavior_learning_rate=float(ref["actor_lr"]),
-        discount=float(ref["discount"]),
-        tau=float(ref["tau"]),
+        critic_learning_rate=number("value_lr"),
+        behavior_learning_rate=number("actor_lr"),
+        discount=number("discount"),
+        tau=number("tau"),
         critic_loss=_REFERENCE_CRITIC_LOSS[ref["critic_loss"]],
-        expectile=float(ref["expectile"]),
+        expectile=number("expectile"),
         target_reduce="max" if ref["train_particle_select"] == "max" else "mean",
         normalize_score=bool(ref["q_grad_norm"]),
         # The release clips the gradients of its amortised agent, and of no other.

@@ -18,10 +18,11 @@ from torch import Tensor
 from vgf_fast import backends, reference
 from vgf_fast import flow_gradient as operators
 from vgf_fast.backends import Backend, resolve_backend, triton_installed, triton_interpreted
-from vgf_fast.checks import check_network, check_result
+from vgf_fast.checks import check_network, check_range, check_result
 from vgf_fast.common import memory
 from vgf_fast.common.ambient import neutral
-from vgf_fast.config import LARGEST, SMALLEST, TransportBudget, integer, real
+from vgf_fast.common.arrays import check_dense, check_generator
+from vgf_fast.config import LARGEST, SMALLEST, TransportBudget, boolean, choice, integer, real
 from vgf_fast.networks import EnsembleMLP, VelocityField
 from vgf_fast.reference import FlowResult, MLPWeights
 
@@ -49,6 +50,7 @@ def _shape(tensor: Tensor) -> str:
 def _check_tensor(name: str, tensor: object, expected: str, ndim: int) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor of shape {expected}")
+    check_dense(name, tensor)
     if tensor.ndim != ndim:
         raise ValueError(f"{name} has shape {_shape(tensor)}, expected {expected}")
     if not tensor.is_floating_point():
@@ -94,11 +96,6 @@ def _check_temperature(temperature: float) -> None:
         real("temperature", temperature, SMALLEST, LARGEST)
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
-
-
 def _uses_operator(flow_gradient: str) -> bool:
     """Whether a registered operator is called: for its gradient, or because torch.compile cannot trace the function."""
     return flow_gradient != "none" or torch.compiler.is_compiling()
@@ -137,6 +134,8 @@ def _check_critic_input(
         raise ValueError(
             f"observations and {name} have {states.shape[1]} + {x.shape[2]} columns, expected {width}: the critic's"
         )
+    check_range("observations", states, weights)
+    check_range(name, x, weights)
     return weights, states, x
 
 
@@ -174,8 +173,8 @@ def critic_value_and_score(
     is not finite.
     """
     weights, states, x = _check_critic_input(critic, observations, actions, "actions")
-    _check_choice("q_aggregation", q_aggregation, ("mean", "min"))
-    _check_choice("flow_gradient", flow_gradient, ("none", "exact"))
+    choice("q_aggregation", q_aggregation, ("mean", "min"))
+    choice("flow_gradient", flow_gradient, ("none", "exact"))
     _check_memory(weights, x, scores=True)
     states, x = _without_graph(flow_gradient, states, x.to(_particle_dtype(x)))
     if _uses_operator(flow_gradient):
@@ -209,6 +208,8 @@ def svgd_direction(
     _check_same_shape("score", g, "particles", x.shape)
     _check_device("score", g, "particles", x.device)
     _check_temperature(temperature)
+    bandwidth_gradient = boolean("bandwidth_gradient", bandwidth_gradient)
+    repulsion = boolean("repulsion", repulsion)
     dtype = _particle_dtype(x)
     if not torch.compiler.is_compiling():
         memory.check_flow(x.shape, dtype, x.device, pairs=True)
@@ -256,7 +257,9 @@ def behavior_flow(
             f"observations, noise and time have {states.shape[1]} + {x.shape[2]} + 1 columns, expected {width}: the "
             "velocity field's input"
         )
-    _check_choice("flow_gradient", flow_gradient, operators.MODES)
+    check_range("observations", states, weights)
+    check_range("noise", x, weights)
+    choice("flow_gradient", flow_gradient, operators.MODES)
     _check_memory(weights, x, scores=False)
     states, x = _without_graph(flow_gradient, states, x.to(_particle_dtype(x)))
     if _uses_operator(flow_gradient):
@@ -299,9 +302,13 @@ def value_gradient_flow(
     weights, states, x = _check_critic_input(critic, observations, particles, "particles")
     if not isinstance(budget, TransportBudget):
         raise TypeError(f"budget is a {type(budget).__name__}, expected a TransportBudget")
-    _check_choice("q_aggregation", q_aggregation, ("mean", "min"))
-    _check_choice("optimizer", optimizer, ("adam", "ascent"))
-    _check_choice("flow_gradient", flow_gradient, operators.MODES)
+    choice("q_aggregation", q_aggregation, ("mean", "min"))
+    choice("optimizer", optimizer, ("adam", "ascent"))
+    choice("flow_gradient", flow_gradient, operators.MODES)
+    bandwidth_gradient = boolean("bandwidth_gradient", bandwidth_gradient)
+    repulsion = boolean("repulsion", repulsion)
+    return_trajectory = boolean("return_trajectory", return_trajectory)
+    evaluate = boolean("evaluate", evaluate)
     moving = budget.steps > 0
     snapshots = budget.steps + 1 if return_trajectory else 0
     _check_memory(weights, x, scores=moving, pairs=moving, snapshots=snapshots)
@@ -353,20 +360,24 @@ def select_particle(
             f"q has shape {_shape(values)}, expected {tuple(x.shape[:2])} with N >= 1: one value a particle"
         )
     _check_device("q", values, "particles", x.device)
-    _check_choice("mode", mode, ("max", "softmax", "random"))
+    choice("mode", mode, ("max", "softmax", "random"))
     _check_temperature(temperature)
     if values.is_cpu and not torch.compiler.is_compiling():
         # Minus infinity leaves a particle out.
         largest = values.amax(dim=1)
         check_result(largest, q=largest)
     uniform = None
+    if generator is not None:
+        check_generator(generator, x.device)
     if mode != "max":
         uniform = torch.rand(x.shape[0], device=x.device, dtype=torch.float32, generator=generator)
     if resolve_backend(backend, x.device, x.shape[1], x.shape[2], x.dtype) == "triton":
         from vgf_fast.kernels import selection
 
         return selection.select_particle(x, values, mode, temperature, uniform)
-    return reference.select_particle(x, values, mode, temperature, uniform)
+    action, index = reference.select_particle(x, values, mode, temperature, uniform)
+    check_result(action, particles=x)
+    return action, index
 
 
 @neutral
@@ -393,14 +404,15 @@ def td_target(
         _check_device(name, tensor, "q", values.device)
         if tensor.shape[0] != values.shape[1]:
             raise ValueError(f"{name} has shape {_shape(tensor)}, expected ({values.shape[1]},): one number a state")
-    _check_choice("q_aggregation", q_aggregation, ("mean", "min"))
-    _check_choice("reduce", reduce, ("mean", "max"))
+    choice("q_aggregation", q_aggregation, ("mean", "min"))
+    choice("reduce", reduce, ("mean", "max"))
     if not torch.compiler.is_compiling():
         real("discount", discount, 0.0, 1.0)
     if resolve_backend(backend, values.device, values.shape[2], 1, values.dtype) == "triton":
         from vgf_fast.kernels import selection
 
         return selection.td_target(values, rewards, masks, discount, q_aggregation, reduce)
+    values, rewards, masks = (tensor.to(_particle_dtype(tensor)) for tensor in (values, rewards, masks))
     target = reference.td_target(values, rewards, masks, discount, q_aggregation, reduce)
     check_result(target, q=values, rewards=rewards, masks=masks)
     return target

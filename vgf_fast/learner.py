@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ from vgf_fast.checks import results_left
 from vgf_fast.common import checkpoints, interrupts
 from vgf_fast.common.ambient import neutral
 from vgf_fast.common.arrays import as_tensor
+from vgf_fast.common.devices import device_of
+from vgf_fast.common.files import folder_of
 from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import TrainConfig, VGFConfig, integer, integers
 from vgf_fast.functional import Backend
@@ -326,10 +328,13 @@ class Learner:
         return -reference.gaussian_log_likelihood(mean, behavior.log_std, data["actions"], behavior.tanh).mean()
 
     def _batch(self, batch: Mapping[str, Any], check: bool) -> dict[str, Tensor]:
-        missing = [name for name in BATCH_FIELDS if name not in batch]
-        if missing:
-            raise ValueError(f"batch lacks {', '.join(missing)}; it needs {', '.join(BATCH_FIELDS)}")
-        size = len(batch["rewards"])
+        _check_fields("batch", batch, BATCH_FIELDS)
+        rewards = as_tensor("batch['rewards']", batch["rewards"])
+        if rewards.ndim != 1:
+            raise ValueError(
+                f"batch['rewards'] has shape {tuple(rewards.shape)}, expected (B,): one number a transition"
+            )
+        size = len(rewards)
         if size < 1:
             raise ValueError("batch is empty, expected at least one transition")
         observation, action = (size, self.policy.config.observation_dim), (size, self.policy.config.action_dim)
@@ -342,7 +347,7 @@ class Learner:
         return data
 
     def _tensor(self, name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
-        tensor = value if isinstance(value, Tensor) else as_tensor(name, value)
+        tensor = as_tensor(name, value)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
         if not tensor.is_floating_point():
@@ -362,9 +367,7 @@ class Learner:
         if config.behavior == "flow":
             shapes |= {"bc_x0": (size, config.action_dim), "bc_t": (size, 1)}
         if noise is not None:
-            missing = [name for name in shapes if name not in noise]
-            if missing:
-                raise ValueError(f"noise lacks {', '.join(missing)}; it needs {', '.join(shapes)}")
+            _check_fields("noise", noise, shapes)
             given = {name: self._tensor(f"noise[{name!r}]", noise[name], shape) for name, shape in shapes.items()}
             for name, tensor in given.items() if check else ():
                 _check_values(f"noise[{name!r}]", tensor, *RANGES.get(name, ()))
@@ -417,6 +420,11 @@ class Learner:
         eval_flow_steps = integers("eval_flow_steps", eval_flow_steps, 0)
         eval_episodes = integer("eval_episodes", eval_episodes, 1)
         eval_num_envs = integer("eval_num_envs", eval_num_envs, 1)
+        for name, function in (("eval_env", eval_env), ("on_log", on_log)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} is a {type(function).__name__}, expected a function")
+        if checkpoint_dir is not None:
+            checkpoint_dir = folder_of("checkpoint_dir", checkpoint_dir)
         if not hasattr(dataset, "sample"):
             kind = type(dataset).__name__
             raise TypeError(f"dataset is a {kind}, expected a Dataset: vgf_fast.data.Dataset.from_arrays makes one")
@@ -614,7 +622,7 @@ class Learner:
             "policy_seed": self.policy.seed,
             **({} if score is None else {"score": score}),
         }
-        path = Path(directory)
+        path = folder_of("directory", directory)
         checkpoints.save_tensors(path / LEARNER_FILE, "learner", tensors, header)
         return path
 
@@ -649,7 +657,7 @@ class Learner:
         On another kind of device than the one it was saved on, the generators start afresh from their seeds.
         Raises ``FileNotFoundError`` or ``checkpoints.CheckpointError``.
         """
-        path = Path(directory) / LEARNER_FILE
+        path = folder_of("directory", directory) / LEARNER_FILE
         tensors, header = checkpoints.load_tensors(path, "learner")
         try:
             policy_config, config = VGFConfig.from_dict(header["policy"]), TrainConfig.from_dict(header["train"])
@@ -659,7 +667,7 @@ class Learner:
         parameters = {name.removeprefix("policy/"): t for name, t in tensors.items() if name.startswith("policy/")}
         policy = VGFPolicy(policy_config, backend=backend, seed=seed).to(next(iter(parameters.values())).dtype)
         checkpoints.load_module_tensors(policy, parameters, str(path))
-        learner = cls(policy.to(device) if device is not None else policy, config)
+        learner = cls(policy.to(device_of(device)) if device is not None else policy, config)
         learner.step = step
         for name, optimizer in learner._optimizers.items():
             state = optimizer.state_dict()
@@ -673,6 +681,15 @@ class Learner:
             learner.generator.set_state(tensors["generator/learner"])
             policy.generator.set_state(tensors["generator/policy"])
         return learner
+
+
+def _check_fields(name: str, given: Mapping[str, Any], fields: Iterable[str]) -> None:
+    """Raise ``TypeError`` for what is no mapping, and ``ValueError`` for one that lacks a field."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name} is a {type(given).__name__}, expected a dict with {', '.join(fields)}")
+    missing = [field for field in fields if field not in given]
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(missing)}; it needs {', '.join(fields)}")
 
 
 def _check_values(name: str, tensor: Tensor, low: float = -math.inf, high: float = math.inf) -> None:

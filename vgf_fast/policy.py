@@ -18,9 +18,10 @@ from vgf_fast import functional, fused, graphs, reference
 from vgf_fast.checks import check_finite
 from vgf_fast.common import checkpoints, memory
 from vgf_fast.common.ambient import neutral
-from vgf_fast.common.arrays import as_tensor
+from vgf_fast.common.arrays import as_tensor, check_generator
 from vgf_fast.common.bounds import ActionBounds
-from vgf_fast.common.files import write_text
+from vgf_fast.common.devices import device_of
+from vgf_fast.common.files import folder_of, write_text
 from vgf_fast.common.spaces import spaces_of
 from vgf_fast.config import MAX_SEED, Selection, TransportBudget, VGFConfig, choice, config_from_reference, integer
 from vgf_fast.functional import Backend
@@ -89,7 +90,7 @@ class VGFPolicy(nn.Module):
         self._generator: torch.Generator | None = None
         self._generator_state: GeneratorState | None = None  # of the generator that is yet to be made
         if device is not None:
-            self.to(device)
+            self.to(device_of(device))
         fused.runs(self, self.dtype)
 
     # --- what a caller may ask --------------------------------------------------------------------------------------
@@ -172,10 +173,7 @@ class VGFPolicy(nn.Module):
         self.check_memory(len(states), budget)
         if generator is None:
             generator = self.generator
-        elif not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator is {generator!r}, expected a torch.Generator, such as one with manual_seed(0)")
-        if generator.device.type != self.device.type:
-            raise ValueError(f"generator is on {generator.device}, but the policy is on {self.device}")
+        check_generator(generator, self.device)
         selection = self.config.selection if selection is None else choice("selection", selection, get_args(Selection))
         start = self._noise(noise, len(states), single, generator)
         with ranges.span("vgf/act"):
@@ -265,7 +263,9 @@ class VGFPolicy(nn.Module):
         if not isinstance(observation, Mapping):
             return self._in_units(self.sample_actions(observation))
         if "observation.state" not in observation:
-            raise ValueError(f"observation has keys {sorted(observation)}, expected 'observation.state' among them")
+            raise ValueError(
+                f"observation has keys {sorted(map(str, observation))}, expected 'observation.state' among them"
+            )
         return self._in_units(self.sample_actions(observation["observation.state"]))
 
     def _in_units(self, action: Tensor) -> Tensor:
@@ -363,12 +363,11 @@ class VGFPolicy(nn.Module):
     # --- input ------------------------------------------------------------------------------------------------------
 
     def _as_tensor(self, name: str, value: Tensor | ArrayLike, dtype: torch.dtype) -> Tensor:
-        if isinstance(value, Tensor):
-            tensor = value
-            if tensor.device != self.device:
-                raise ValueError(f"{name} is on {tensor.device}, but the policy is on {self.device}: move one of them")
-        else:
-            tensor = as_tensor(name, value).to(self.device)
+        tensor = as_tensor(name, value)
+        if not isinstance(value, Tensor):
+            tensor = tensor.to(self.device)
+        elif tensor.device != self.device:
+            raise ValueError(f"{name} is on {tensor.device}, but the policy is on {self.device}: move one of them")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating dtype")
         return tensor.to(dtype)
@@ -454,7 +453,7 @@ class VGFPolicy(nn.Module):
 
         Raises ``OSError`` where it cannot be written; then the old files are as they were.
         """
-        path = Path(directory)
+        path = folder_of("directory", directory)
         tensors = dict(self.named_parameters())
         checkpoints.save_tensors(path / MODEL_FILE, "policy", tensors, {"config": self.config.to_dict()})
         write_text(path / CONFIG_FILE, json.dumps(self.config.to_dict(), indent=2) + "\n")
@@ -474,7 +473,7 @@ class VGFPolicy(nn.Module):
         Raises ``FileNotFoundError`` or ``checkpoints.CheckpointError`` (damaged, or weights that do not fit the
         configuration).
         """
-        path = Path(directory)
+        path = folder_of("directory", directory)
         if not path.is_dir():
             raise FileNotFoundError(f"no policy at {path}: expected a directory with {MODEL_FILE}")
         tensors, header = checkpoints.load_tensors(path / MODEL_FILE, "policy")
@@ -488,7 +487,7 @@ class VGFPolicy(nn.Module):
         policy = cls(config, backend=backend, seed=seed)
         policy.to(next(iter(tensors.values())).dtype)
         checkpoints.load_module_tensors(policy, tensors, str(path / MODEL_FILE))
-        return policy.to(device) if device is not None else policy
+        return policy.to(device_of(device)) if device is not None else policy
 
     @classmethod
     @neutral
@@ -523,7 +522,7 @@ class VGFPolicy(nn.Module):
         load_mlp(policy.behavior, arrays, "bc")
         if policy.score_field is not None:
             load_mlp(policy.score_field, arrays, "q_grad")
-        return policy.to(device) if device is not None else policy
+        return policy.to(device_of(device)) if device is not None else policy
 
     @classmethod
     def from_reference_checkpoint(

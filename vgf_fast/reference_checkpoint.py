@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vgf_fast.common.arrays import as_tensor
+from vgf_fast.common.arrays import with_values
 from vgf_fast.common.checkpoints import CheckpointError
 from vgf_fast.networks import GaussianBehavior, StackedMLP
 
@@ -213,7 +213,7 @@ def count_members(arrays: Mapping[str, Any]) -> int:
 def _take(arrays: dict[str, Any], name: str, parameter: torch.Tensor, stacked: bool) -> None:
     if name not in arrays:
         raise CheckpointError(f"the release's parameters lack {name!r}")
-    value = as_tensor(name, arrays.pop(name))
+    value = with_values(name, arrays.pop(name))
     expected = tuple(parameter.shape if stacked else parameter.shape[1:])
     if tuple(value.shape) != expected:
         raise CheckpointError(f"{name} has shape {tuple(value.shape)}, expected {expected}: the configuration")

@@ -7,6 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 
+# What numbers are computed and stored in.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_dense(name: str, tensor: torch.Tensor) -> None:
+    """Raise ``TypeError`` naming a tensor that is sparse, nested or quantised, or of a dtype PyTorch cannot add in."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "is nested" if tensor.is_nested else f"has layout {tensor.layout}"
+        raise TypeError(f"{name} {kind}, expected a dense tensor: call .to_dense()")
+    if tensor.is_complex() or tensor.is_quantized or (tensor.is_floating_point() and tensor.dtype not in DTYPES):
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected real numbers of {', '.join(map(str, DTYPES))}")
+
 
 def as_tensor(name: str, value: Any) -> torch.Tensor:
     """``value`` as a tensor of real numbers where it lies; it shares memory where torch can.
@@ -18,10 +30,7 @@ def as_tensor(name: str, value: Any) -> torch.Tensor:
     are masked, because no number stands for them; ``name`` is what the message calls it.
     """
     if isinstance(value, torch.Tensor):
-        if value.is_complex():
-            raise TypeError(f"{name} has dtype {value.dtype}, expected real numbers")
-        if value.layout is not torch.strided:
-            raise TypeError(f"{name} has layout {value.layout}, expected a dense tensor: call .to_dense()")
+        check_dense(name, value)
         return value.detach()
     try:
         array = np.asanyarray(value)
@@ -39,3 +48,19 @@ def as_tensor(name: str, value: Any) -> torch.Tensor:
     # Torch takes neither read-only memory without a warning, nor negative strides or those of half a number.
     plain = native.flags.writeable and all(stride >= 0 and stride % dtype.itemsize == 0 for stride in native.strides)
     return torch.from_numpy(native if plain else native.copy())
+
+
+def with_values(name: str, value: Any) -> torch.Tensor:
+    """As ``as_tensor``; raises ``TypeError`` for a tensor without memory, too."""
+    tensor = as_tensor(name, value)
+    if tensor.is_meta:
+        raise TypeError(f"{name} is on the meta device, expected values")
+    return tensor
+
+
+def check_generator(generator: Any, device: torch.device) -> None:
+    """Raise ``TypeError`` for what is no generator of torch's, and ``ValueError`` for one on another kind of device."""
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is {generator!r}, expected a torch.Generator, such as one with manual_seed(0)")
+    if generator.device.type != device.type:
+        raise ValueError(f"generator is on {generator.device}, expected torch.Generator(device={str(device)!r})")

@@ -15,6 +15,16 @@ from vgf_fast.common import locks
 _PARTIAL = ".partial"  # ends the names of folders of files that are being written
 
 
+def folder_of(name: str, value: str | os.PathLike[str]) -> Path:
+    """The path that an argument gives. Raises ``TypeError`` or ``ValueError`` naming it for what can be no path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a path")
+    path = Path(value)
+    if "\0" in str(path):
+        raise ValueError(f"{name} is {str(path)!r}, expected a path without null characters")
+    return path
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path; on success its file is flushed to disk and renamed to ``path``, else removed.

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from vgf_fast.common.ambient import neutral
-from vgf_fast.common.arrays import as_tensor
+from vgf_fast.common.arrays import DTYPES, as_tensor, check_generator, with_values
 from vgf_fast.common.bounds import TOLERANCE, ActionBounds
+from vgf_fast.common.devices import device_of
 from vgf_fast.common.memory import check_fits
+from vgf_fast.config import integer, real
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
 
-# What transitions are stored in.
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Rounding of a simulator's float32 actions; anything further outside [-1, 1] is another action scale, not rounding.
 ACTION_TOLERANCE = TOLERANCE
 # The public release keeps actions this far inside the bounds of the box.
@@ -93,9 +93,10 @@ class Dataset:
         self.rewards = fields["rewards"]
         self.masks = fields["masks"]
 
-    def __reduce__(self) -> tuple[type[Dataset], tuple[torch.Tensor, torch.Tensor, int, int]]:
+    def __reduce__(self) -> tuple[type[Dataset], tuple[Any, ...]]:
         """The fields stay views of one matrix in what is read back."""
-        return Dataset, (self._storage, self.terminals, self._observation_dim, self._action_dim)
+        sizes = (self._observation_dim, self._action_dim)
+        return Dataset, (self._storage, self.terminals, *sizes, self.action_bounds)
 
     @classmethod
     @neutral
@@ -138,8 +139,7 @@ class Dataset:
                 not there or too small.
         """
         place = check_storage(device, dtype)
-        if not 0.0 < action_clip <= 1.0:
-            raise ValueError(f"action_clip is {action_clip}, expected in (0, 1]")
+        action_clip = real("action_clip", action_clip, 0.0, 1.0, low_open=True)
         fields = {
             "observations": _as_tensor("observations", observations, rank=2, floating=True),
             "actions": _as_tensor("actions", actions, rank=2, floating=True),
@@ -217,11 +217,12 @@ class Dataset:
             raise TypeError(f"batch_size is {batch_size!r}, expected an integer")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-        if generator is not None and generator.device.type != self.device.type:
-            raise ValueError(
-                f"generator is on {generator.device}, expected torch.Generator(device={str(self.device)!r})"
-            )
-        index = torch.randint(rows, (int(batch_size),), generator=generator, device=self.device)
+        batch_size, width = integer("batch_size", batch_size, 1), self._storage.shape[1]
+        need = batch_size * width * self.dtype.itemsize
+        check_fits(f"batch_size is {batch_size}: transitions of {width} numbers", need, self.device)
+        if generator is not None:
+            check_generator(generator, self.device)
+        index = torch.randint(rows, (batch_size,), generator=generator, device=self.device)
         return self._split(self._storage.index_select(0, index))
 
     @neutral
@@ -329,9 +330,7 @@ def _as_tensor(name: str, array: Array, rank: int, floating: bool = False) -> to
     """`array` as a tensor where it lies, its kind and rank checked."""
     if not isinstance(array, (np.ndarray, torch.Tensor)):
         raise TypeError(f"{name} is a {type(array).__name__}, expected a NumPy array or a torch tensor")
-    array = as_tensor(name, array)
-    if array.is_meta:
-        raise TypeError(f"{name} is on the meta device, expected values")
+    array = with_values(name, array)
     if floating and not array.is_floating_point():
         what = "pixel and integer observations are" if "observations" in name else "discrete actions are"
         raise TypeError(
@@ -351,11 +350,7 @@ def check_storage(device: torch.device | str | None, dtype: torch.dtype) -> torc
     """
     if dtype not in DTYPES:
         raise TypeError(f"dtype is {dtype}, expected a floating dtype of torch: {', '.join(map(str, DTYPES))}")
-    try:
-        place = torch.zeros((), dtype=torch.float32, device="cpu" if device is None else device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"device is {str(device)!r}, which transitions cannot lie on: {reason}") from error
+    place = device_of(device)
     if place.type == "meta":
         raise ValueError("device is 'meta', which transitions cannot lie on: it holds no values")
     return place

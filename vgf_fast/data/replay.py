@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vgf_fast.common.ambient import neutral
-from vgf_fast.common.arrays import as_tensor
+from vgf_fast.common.arrays import with_values
 from vgf_fast.config import integer
 from vgf_fast.data.dataset import ACTION_CLIP, ACTION_TOLERANCE, Dataset, allocate, check_storage
 
@@ -81,11 +81,11 @@ class ReplayBuffer:
         """
         o, a = self._rows.observation_dim, self._rows.action_dim
         parts = {
-            "observation": (as_tensor("observation", observation), o),
-            "action": (as_tensor("action", action), a),
-            "next_observation": (as_tensor("next_observation", next_observation), o),
-            "reward": (as_tensor("reward", reward), 1),
-            "mask": (as_tensor("mask", mask), 1),
+            "observation": (with_values("observation", observation), o),
+            "action": (with_values("action", action), a),
+            "next_observation": (with_values("next_observation", next_observation), o),
+            "reward": (with_values("reward", reward), 1),
+            "mask": (with_values("mask", mask), 1),
         }
         values = []
         for name, (value, length) in parts.items():

@@ -8,6 +8,7 @@ noise. All ``episodes`` count, however long each takes; only one that would neve
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import torch
 from vgf_fast.common.bounds import ActionBounds
 from vgf_fast.common.intervals import bootstrap_interval
 from vgf_fast.common.progress import progress_bar
-from vgf_fast.config import MAX_SEED, integer, integers, real
+from vgf_fast.config import MAX_SEED, boolean, integer, integers, real
 from vgf_fast.envs.simulators import (
     EpisodeSeed,
     EvaluationError,
@@ -122,6 +123,9 @@ def evaluate(
     seed = integer("seed", seed, 0, 2 * MAX_SEED)
     if not 0.0 < real("confidence", confidence, 0.0, 1.0) < 1.0:
         raise ValueError(f"confidence is {confidence!r}, expected a number in (0, 1)")
+    if not isinstance(policy, VGFPolicy):
+        raise TypeError(f"policy is a {type(policy).__name__}, expected a VGFPolicy")
+    behavior_cloning = boolean("behavior_cloning", behavior_cloning)
     settings = [_Setting("bc", 0, "random")] if behavior_cloning else []
     settings += [_Setting(f"L={steps}", steps, None) for steps in integers("flow_steps", flow_steps, 0)]
     if not settings:
@@ -164,7 +168,9 @@ def check_environment(policy: VGFPolicy, make_env: Callable[[], Any]) -> ActionB
 def _normalizer(score: Score | None) -> Callable[[float], float] | None:
     if score is None or callable(score):
         return score
-    low, high = score
+    if not isinstance(score, (tuple, list, np.ndarray)) or len(score) != 2:
+        raise ValueError(f"score is {score!r}, expected a function or (low, high)")
+    low, high = (real("score", end, -math.inf) for end in score)
     if not high > low:
         raise ValueError(f"score is {score}, expected (low, high) with high > low")
     return lambda value: 100.0 * (value - low) / (high - low)

@@ -11,12 +11,13 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
 from vgf_fast.common.spaces import Spaces, spaces_of
+from vgf_fast.config import choice
 
 Workers = Literal["sync", "async"]
 SUCCESS = ("success", "is_success")  # where an environment's info may say so
@@ -291,8 +292,7 @@ def _plain(error: Exception) -> Exception:
 
 def make_simulators(make_env: Callable[[], Any], count: int, workers: Workers) -> Simulators:
     """``count`` environments in slots 0 to count - 1; ``workers`` is "sync" (this process) or "async" (others)."""
-    if workers not in ("sync", "async"):
-        raise ValueError(f"workers is {workers!r}, expected 'sync' or 'async'")
+    choice("workers", workers, get_args(Workers))
     if not callable(make_env):
         raise TypeError(f"make_env is a {type(make_env).__name__}, expected a function that makes one environment")
     return (LocalSimulators if workers == "sync" else WorkerSimulators)(make_env, range(count))
