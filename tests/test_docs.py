@@ -125,6 +125,7 @@ def language_models(folder: Path) -> None:
     (folder / "prompts.txt").write_text("the old man\na young dog\n")
 
 
+WRITTEN = {"profiling/results/nsight/"}  # by a command, and not committed
 # What a page takes for granted.
 GIVEN = {"docs/reproduce.md": checkpoint_of_the_release, "docs/language-models.md": language_models}
 
@@ -189,3 +190,14 @@ def test_the_readme_is_short_and_trains_before_its_first_table():
     table = next(number for number, line in enumerate(lines) if line.startswith("|"))
     assert any("vgf-fast demo" in line for line in lines[:table])
     assert any(".fit(" in line for line in lines[:table])
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "profiling/README.md"])
+def test_what_a_page_names_is_there(page):
+    """Files of the repository; and what is linked to, which of the site's pages `make docs` checks too."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:vgf_fast|kernels|tests|profiling|examples|docs)/[\w./-]*)`", text)
+    linked = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    missing = [name for name in named if not (ROOT / name).exists() and name not in WRITTEN]
+    missing += [name for name in linked if not (ROOT / page).parent.joinpath(name).exists()]
+    assert not missing
