@@ -261,7 +261,8 @@ KILLER = """
     import json, os, signal, sys
     import torch
     import gymnasium, mujoco, ogbench, rich.table, torch._dynamo, tyro  # once, not in every child
-    from vgf_fast import Learner, cli, console
+    from vgf_fast import Learner, cli
+    from vgf_fast.cli import console
     from vgf_fast.experiments import run
     from vgf_fast.data import ogbench
     from vgf_fast.envs.simulators import Simulator

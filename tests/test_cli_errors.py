@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import vgf_fast as vgf
-from vgf_fast import cli
-from vgf_fast.cli import main
+from vgf_fast.cli import commands, main
+from vgf_fast.cli.options import Info
 from vgf_fast.envs.simulators import EvaluationError
 from vgf_fast.experiments.settings import layered
 
@@ -214,7 +214,7 @@ def test_every_error_is_a_line(monkeypatch, capsys, error, line):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(cli, "_info", fail)
+    monkeypatch.setitem(commands.COMMANDS, Info, fail)
     assert main(["info"]) == 1
     assert capsys.readouterr().err == f"{line}\n"
     monkeypatch.setenv("VGF_FAST_DEBUG", "1")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vgf_fast.cli import main
-from vgf_fast.console import name_of
+from vgf_fast.cli.console import name_of
 from vgf_fast.envs.evaluation import EvaluationResult, evaluate
 from vgf_fast.experiments import demo
 from vgf_fast.policy import VGFPolicy
