@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vgf_fast import functional, fused, reference
+from vgf_fast import functional, fused, loop, reference
 from vgf_fast.checks import results_left
-from vgf_fast.common import checkpoints, interrupts
+from vgf_fast.common import checkpoints
 from vgf_fast.common.ambient import neutral
 from vgf_fast.common.arrays import as_tensor
 from vgf_fast.common.devices import device_of
 from vgf_fast.common.files import folder_of
-from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import TrainConfig, VGFConfig, integer, integers
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache, addresses
 from vgf_fast.kernels import ranges
+from vgf_fast.loop import Duty, check_losses
 from vgf_fast.networks import VelocityField
 from vgf_fast.policy import VGFPolicy, generator_state, restored_generator
 from vgf_fast.reference import MLPWeights
@@ -36,7 +36,6 @@ BEST = "best"  # folder of a directory of checkpoints
 BATCH_FIELDS = ("observations", "actions", "next_observations", "rewards", "masks")
 RANGES = {"actions": (-1, 1), "masks": (0, 1), "bc_t": (0, 1)}  # of the numbers in a batch or in noise
 METRICS = ("critic_loss", "bc_loss", "q_mean", "target_mean", "bc_flow_var", "vgf_var")
-LOSSES = ("critic_loss", "bc_loss", "score_loss")
 UPDATES_A_REPLAY = 10  # of a CUDA graph: what the host does between replays is then a tenth an update
 
 
@@ -425,6 +424,59 @@ class Learner:
                 raise TypeError(f"{name} is a {type(function).__name__}, expected a function")
         if checkpoint_dir is not None:
             checkpoint_dir = folder_of("checkpoint_dir", checkpoint_dir)
+        records: list[dict[str, float]] = []
+
+        def log(record: dict[str, float]) -> None:
+            records.append(record)
+            if on_log is not None:
+                on_log(record)
+
+        def evaluation() -> None:
+            from vgf_fast.envs.evaluation import evaluate, means
+
+            assert eval_env is not None
+            found = means(
+                evaluate(
+                    self.policy, eval_env, episodes=eval_episodes, flow_steps=eval_flow_steps, seed=self.config.seed,
+                    num_envs=eval_num_envs, progress=False,
+                )
+            )  # fmt: skip
+            log({"step": self.step, **found})
+            if checkpoint_dir is not None:
+                self.save_best(checkpoint_dir, found)
+
+        def save() -> None:
+            assert checkpoint_dir is not None
+            self.save(checkpoint_dir)
+
+        self.loop(
+            dataset,
+            self.step + steps,
+            log_interval,
+            log,
+            evaluation=None if eval_env is None else Duty(eval_interval, evaluation),
+            save=None if checkpoint_dir is None else Duty(checkpoint_interval, save),
+            progress=progress,
+        )
+        return records
+
+    def loop(
+        self,
+        dataset: Dataset,
+        end: int,
+        log_interval: int,
+        on_log: Callable[[dict[str, float]], None],
+        *,
+        first: Callable[[], None] | None = None,
+        evaluation: Duty | None = None,
+        save: Duty | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Update on batches of a dataset until ``step`` is ``end``: what ``fit`` and runs in a directory are made of.
+
+        ``on_log`` gets a record of every ``log_interval``-th update and of the last one. ``first``, ``evaluation`` and
+        ``save`` are ``vgf_fast.loop.run``'s; the losses are looked at before each. Raises what ``fit`` raises.
+        """
         if not hasattr(dataset, "sample"):
             kind = type(dataset).__name__
             raise TypeError(f"dataset is a {kind}, expected a Dataset: vgf_fast.data.Dataset.from_arrays makes one")
@@ -435,51 +487,37 @@ class Learner:
                 )
         self.policy.check_memory(self.config.batch_size, self.policy.config.train_budget)
         self.policy.take_action_bounds(dataset.action_bounds)
-        records: list[dict[str, float]] = []
+        metrics: dict[str, Tensor] = {}
 
-        def log(record: dict[str, float]) -> None:
-            records.append(record)
-            if on_log is not None:
-                on_log(record)
+        def work(limit: int) -> None:
+            nonlocal metrics
+            metrics = self._updates(dataset, limit)
 
-        end = self.step + steps
-        saved_at = -1
-        whole = True
-        try:
-            with progress_bar("training", total=steps, enabled=progress) as advance:
-                while self.step < end:
-                    left = [end - self.step, log_interval - self.step % log_interval]
-                    if eval_env is not None:
-                        left.append(eval_interval - self.step % eval_interval)
-                    if checkpoint_dir is not None:
-                        left.append(checkpoint_interval - self.step % checkpoint_interval)
-                    before, whole = self.step, False
-                    with interrupts.held():
-                        metrics = self._updates(dataset, min(left))
-                        whole = True
-                    last = self.step == end
-                    logged = self.step % log_interval == 0 or last
-                    saved = checkpoint_dir is not None and (self.step % checkpoint_interval == 0 or last)
-                    if logged or saved:
-                        values = {name: value.item() for name, value in metrics.items()}
-                        if logged:
-                            log({"step": self.step, **values})
-                        check_losses(self.step, values)
-                    if eval_env is not None and (self.step % eval_interval == 0 or last):
-                        found = self._evaluate(eval_env, eval_episodes, eval_flow_steps, eval_num_envs)
-                        log({"step": self.step, **found})
-                        if checkpoint_dir is not None:
-                            self.save_best(checkpoint_dir, found)
-                    if checkpoint_dir is not None and saved:
-                        self.save(checkpoint_dir)
-                        saved_at = self.step
-                    advance(self.step - before)
-        except KeyboardInterrupt:
-            # A second Ctrl-C ends an update half-way: the last checkpoint stays.
-            if checkpoint_dir is not None and saved_at != self.step and whole:
-                self.save(checkpoint_dir)
-            raise
-        return records
+        def checked(duty: Duty) -> Duty:
+            def check_and_do() -> None:
+                check_losses(self.step, values())
+                duty.do()
+
+            return duty._replace(do=check_and_do)
+
+        def values() -> dict[str, float]:
+            return {name: value.item() for name, value in metrics.items()}
+
+        def log() -> None:
+            record = values()
+            on_log({"step": self.step, **record})
+            check_losses(self.step, record)
+
+        loop.run(
+            "training",
+            work,
+            lambda: self.step,
+            end,
+            [Duty(log_interval, log, is_held=True), *([] if evaluation is None else [checked(evaluation)])],
+            None if save is None else checked(save),
+            first=first,
+            progress=progress,
+        )
 
     def finetune_online(
         self,
@@ -578,26 +616,6 @@ class Learner:
             and self.policy.config.behavior == "flow"
             and fused.runs(self.policy, self._compute_dtype())
         )
-
-    def _evaluate(
-        self, make_env: Callable[[], Any], episodes: int, flow_steps: Sequence[int], num_envs: int
-    ) -> dict[str, float]:
-        from vgf_fast.envs.evaluation import evaluate
-
-        record = {}
-        for result in evaluate(
-            self.policy,
-            make_env,
-            episodes=episodes,
-            flow_steps=flow_steps,
-            seed=self.config.seed,
-            num_envs=num_envs,
-            progress=False,
-        ):
-            record[f"return/{result.label}"] = result.return_mean
-            if result.success_mean is not None:
-                record[f"success/{result.label}"] = result.success_mean
-        return record
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -704,16 +722,6 @@ def _check_values(name: str, tensor: Tensor, low: float = -math.inf, high: float
         if wrong.any():
             row = int(wrong.any(dim=1).nonzero()[0])
             raise ValueError(f"{name} {told.format(row=row, values=tensor[row].tolist())}")
-
-
-def check_losses(step: int, record: Mapping[str, float]) -> None:
-    """Raise ``ArithmeticError`` when a loss of update number ``step`` is no longer a number."""
-    losses = {name: value for name, value in record.items() if name in LOSSES}
-    if not all(map(math.isfinite, losses.values())):
-        told = ", ".join(f"{name} is {value:g}" for name, value in losses.items())
-        raise ArithmeticError(
-            f"training diverged: in update {step} {told}; try a lower learning rate, or rewards of smaller scale"
-        )
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgf_fast.common import checkpoints, interrupts
+from vgf_fast import loop
+from vgf_fast.common import checkpoints
 from vgf_fast.common.ambient import neutral
-from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import MAX_SEED, integer, integers, real
 from vgf_fast.data.replay import ReplayBuffer
-from vgf_fast.envs.evaluation import Score, check_environment, evaluate
+from vgf_fast.envs.evaluation import Score, check_environment, evaluate, means
 from vgf_fast.envs.simulators import EpisodeSeed, Simulator
-from vgf_fast.learner import check_losses
+from vgf_fast.loop import Duty, check_losses
 
 if TYPE_CHECKING:
     from vgf_fast.data.dataset import Dataset
@@ -201,8 +201,9 @@ class OnlineTraining:
         seen = len(self.returns)
         seen_successes = len(self.successes)
         metrics: dict[str, Tensor] = {}
+        end = self.steps + steps
 
-        def log(evaluated: bool) -> None:
+        def log(is_evaluated: bool) -> None:
             nonlocal seen, seen_successes
             record: Record = {"step": self.steps, "updates": self.learner.step}
             if self.returns[seen:]:
@@ -212,43 +213,42 @@ class OnlineTraining:
             seen, seen_successes = len(self.returns), len(self.successes)
             record |= {name: value.item() for name, value in metrics.items()}
             check_losses(self.learner.step, record)
-            if evaluated:
+            if is_evaluated:
                 assert make_eval_env is not None
-                for result in evaluate(
-                    self.learner.policy, make_eval_env, episodes=eval_episodes, flow_steps=eval_flow_steps,
-                    seed=self.seed + 1, num_envs=eval_num_envs, score=score, progress=False,
-                ):  # fmt: skip
-                    record[f"return/{result.label}"] = result.return_mean
-                    for kind, mean in (("success", result.success_mean), ("normalized", result.normalized_mean)):
-                        if mean is not None:
-                            record[f"{kind}/{result.label}"] = mean
+                record |= means(
+                    evaluate(
+                        self.learner.policy, make_eval_env, episodes=eval_episodes, flow_steps=eval_flow_steps,
+                        seed=self.seed + 1, num_envs=eval_num_envs, score=score, progress=False,
+                    )
+                )  # fmt: skip
             records.append(record)
             if on_log is not None:
                 on_log(record)
 
+        def work(_: int) -> None:
+            nonlocal metrics
+            metrics = self.step() or metrics
+
+        def log_if_due() -> None:
+            is_evaluated = bool(eval_interval) and self.steps % eval_interval == 0
+            if is_evaluated or self.steps % log_interval == 0 or self.steps == end:
+                log(is_evaluated)
+
+        def save() -> None:
+            assert checkpoint_dir is not None
+            self.save(checkpoint_dir)
+
         if eval_interval and self.steps == 0:
-            log(evaluated=True)
-        saved_at, whole = -1, True
-        try:
-            with progress_bar("learning online", total=steps, enabled=progress) as advance:
-                for index in range(steps):
-                    whole = False
-                    with interrupts.held():
-                        metrics = self.step() or metrics
-                        whole = True
-                    evaluated = bool(eval_interval) and self.steps % eval_interval == 0
-                    if evaluated or self.steps % log_interval == 0 or index + 1 == steps:
-                        log(evaluated)
-                    due = bool(checkpoint_interval) and self.steps % checkpoint_interval == 0
-                    if checkpoint_dir is not None and (due or index + 1 == steps):
-                        self.save(checkpoint_dir)
-                        saved_at = self.steps
-                    advance()
-        except KeyboardInterrupt:
-            # A second Ctrl-C ends an update half-way: the last checkpoint stays.
-            if checkpoint_dir is not None and saved_at != self.steps and whole:
-                self.save(checkpoint_dir)
-            raise
+            log(is_evaluated=True)
+        loop.run(
+            "learning online",
+            work,
+            lambda: self.steps,
+            end,
+            [Duty(1, log_if_due)],
+            None if checkpoint_dir is None else Duty(checkpoint_interval, save),
+            progress=progress,
+        )
         return records
 
     # --- checkpoints ------------------------------------------------------------------------------------------------

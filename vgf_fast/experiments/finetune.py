@@ -22,8 +22,8 @@ from vgf_fast.experiments.run import (
     CHECKPOINT,
     POLICY,
     SETTINGS_FILE,
-    InterruptedRunError,
     check_data,
+    interruption,
     write_data,
 )
 from vgf_fast.experiments.settings import RunConfig, read_file, to_yaml
@@ -136,9 +136,8 @@ def finetune(
                 )
         except KeyboardInterrupt:
             learner.policy.save_pretrained(out / POLICY)
-            name, done = interrupts.requested() or "interrupted", f"{training.steps:,} of {steps:,} steps"
             again = f"the same vgf-fast finetune --out {shlex.quote(str(out))}"
-            raise InterruptedRunError(f"{name}: saved after {done}; go on with: {again}") from None
+            raise interruption(training.steps, steps, "steps", again) from None
         finally:
             training.close()
         learner.policy.save_pretrained(out / POLICY)

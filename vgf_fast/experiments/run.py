@@ -28,13 +28,13 @@ import torch
 
 from vgf_fast.common import checkpoints, interrupts
 from vgf_fast.common.files import replacing, write_text
-from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import TrainConfig, VGFConfig
 from vgf_fast.data.dataset import Dataset
-from vgf_fast.envs.evaluation import EvaluationResult, check_environment, evaluate
+from vgf_fast.envs.evaluation import EvaluationResult, check_environment, evaluate, means
 from vgf_fast.envs.tasks import Evaluation
 from vgf_fast.experiments.settings import RunConfig, Sections, to_yaml
 from vgf_fast.learner import BEST, LEARNER_FILE, Learner
+from vgf_fast.loop import Duty
 from vgf_fast.policy import CONFIG_FILE, MODEL_FILE, VGFPolicy
 
 SETTINGS_FILE, DATA_FILE = "config.yaml", "data.json"
@@ -42,7 +42,6 @@ TRAIN_LOG, EVAL_LOG = "train.csv", "eval.csv"
 CHECKPOINT, POLICY, TENSORBOARD = "checkpoint", "policy", "tensorboard"
 STEP, KEPT = "step_{step}", 3  # earlier checkpoints, and how many of them
 DIGEST_ROWS = 2**20  # most transitions that a fingerprint looks at
-STOP_SECONDS = 0.5  # between looks at whether to stop
 LINE_SECONDS = 30.0  # between lines where there is no terminal
 EVAL_COLUMNS = (
     "label", "flow_steps", "episodes", "return_mean", "return_low", "return_high", "success_mean", "success_low",
@@ -52,6 +51,12 @@ EVAL_COLUMNS = (
 
 class InterruptedRunError(Exception):
     """A signal ended the run; the message says that a checkpoint was saved and how to go on."""
+
+
+def interruption(done: int, steps: int, unit: str, again: str) -> InterruptedRunError:
+    """The error that says what was saved, and by which command it goes on."""
+    name = interrupts.requested() or "interrupted"
+    return InterruptedRunError(f"{name}: saved after {done:,} of {steps:,} {unit}; go on with: {again}")
 
 
 class Reporter(Protocol):
@@ -249,12 +254,11 @@ def train(
     write_text(out / SETTINGS_FILE, to_yaml(sections))
     write_data(out, dataset)
     with interrupts.listening(), _Logs(out, learner.step, run.tensorboard) as logs:
-        again = again or f"vgf-fast train --out {shlex.quote(str(out))} --resume"
-        training = _Training(out, run, learner, dataset, evaluation, reporter, logs, again)
         try:
-            training.go(progress)
+            _Training(out, run, learner, dataset, evaluation, reporter, logs).go(progress)
         except KeyboardInterrupt:
-            training.interrupted()
+            again = again or f"vgf-fast train --out {shlex.quote(str(out))} --resume"
+            raise interruption(learner.step, run.steps, "updates", again) from None
 
 
 class _Logs:
@@ -302,59 +306,57 @@ class _Training:
     evaluation: Evaluation
     reporter: Reporter
     logs: _Logs
-    again: str
-    rate: float = 0.0  # updates a second
     spoke: float = -math.inf  # when the last line was written
+    begun: tuple[int, float] = (0, 0.0)  # step and time of the last record, or where updates went on after it
 
     def go(self, progress: bool) -> None:
-        """The loop: updates until something is due."""
+        """Train to the end."""
         learner, run = self.learner, self.run
         if progress and sys.stderr.isatty():
             # The bar says it all.
             self.spoke = math.inf
-        if learner.step and self._evaluation_due() and learner.step not in self.logs.evaluation.steps:
-            # The evaluation of this step is what the last run was interrupted in.
-            self._evaluate()
-        with progress_bar("training", total=run.steps - learner.step, enabled=progress) as advance:
-            updates = 1
-            while learner.step < run.steps:
-                intervals = (run.checkpoint_interval, *([run.eval_interval] if run.eval_interval else []))
-                until_due = min(interval - learner.step % interval for interval in intervals)
-                updates = min(updates, until_due, run.steps - learner.step)
-                started = time.perf_counter()
-                with interrupts.held():
-                    learner.fit(self.dataset, updates, log_interval=run.log_interval, on_log=self._log, progress=False)
-                self.rate = updates / (time.perf_counter() - started)
-                for _ in range(updates):
-                    advance()
-                updates = max(1, min(2 * updates, int(self.rate * STOP_SECONDS)))
-                if self._evaluation_due():
-                    self._evaluate()
-                if learner.step % run.checkpoint_interval == 0 and learner.step < run.steps:
-                    self._save()
-        self._save()
+        has_evaluations = self.evaluation.make_env is not None and run.eval_interval > 0
+        is_done = learner.step == run.steps
+        self._begin()
+        learner.loop(
+            self.dataset,
+            run.steps,
+            run.log_interval,
+            self._log,
+            first=self._evaluate_again if has_evaluations else None,
+            evaluation=Duty(run.eval_interval, self._evaluate) if has_evaluations else None,
+            save=Duty(run.checkpoint_interval, self._save),
+            progress=progress,
+        )
+        if is_done:
+            # The policy may be what is missing.
+            self._save()
 
-    def _evaluation_due(self) -> bool:
-        if self.evaluation.make_env is None or not self.run.eval_interval:
-            return False
-        return self.learner.step % self.run.eval_interval == 0 or self.learner.step == self.run.steps
+    def _begin(self) -> None:
+        self.begun = self.learner.step, time.perf_counter()
+
+    def _evaluate_again(self) -> None:
+        """Evaluate at the step that a run is resumed at, if that is what it was interrupted in."""
+        step, run = self.learner.step, self.run
+        is_due = step % run.eval_interval == 0 or step == run.steps
+        if step and is_due and step not in self.logs.evaluation.steps:
+            self._evaluate()
 
     def _log(self, record: dict[str, float]) -> None:
         step = int(record["step"])
-        # fit logs the last update of every call too.
-        if step % self.run.log_interval and step != self.run.steps:
-            return
+        rate = (step - self.begun[0]) / (time.perf_counter() - self.begun[1])
         self.logs.train.write([record])
         metrics = {name: value for name, value in record.items() if name != "step"}
-        self.logs.scalars("train", {**metrics, "updates_per_second": self.rate}, step)
+        self.logs.scalars("train", {**metrics, "updates_per_second": rate}, step)
         if time.monotonic() - self.spoke > LINE_SECONDS:
             self.spoke = time.monotonic()
-            left = (self.run.steps - step) / self.rate if self.rate else math.nan
+            left = (self.run.steps - step) / rate
             self.reporter.line(
                 f"update {step:,} of {self.run.steps:,}: critic_loss {record['critic_loss']:.4g}, bc_loss "
-                f"{record['bc_loss']:.4g}, q_mean {record['q_mean']:.4g}; {self.rate:.3g} updates/s"
-                + (f", {_duration(left)} left" if self.rate else "")
+                f"{record['bc_loss']:.4g}, q_mean {record['q_mean']:.4g}; {rate:.3g} updates/s, "
+                f"{_duration(left)} left"
             )
+        self._begin()
 
     def _evaluate(self) -> None:
         make_env, score = self.evaluation
@@ -376,30 +378,23 @@ class _Training:
         )
         with interrupts.held():
             self._keep(step, results)
+        self._begin()
 
     def _keep(self, step: int, results: Sequence[EvaluationResult]) -> None:
         """Write an evaluation down, and the learner if it is the best so far."""
         rows = [{"step": step, **{name: getattr(result, name) for name in EVAL_COLUMNS}} for result in results]
         self.logs.evaluation.write(rows)
-        scalars: dict[str, float] = {}
-        for result in results:
-            kinds = {"return": result.return_mean, "success": result.success_mean, "normalized": result.normalized_mean}
-            scalars |= {f"{kind}/{result.label}": mean for kind, mean in kinds.items() if mean is not None}
+        scalars = means(results)
         self.logs.scalars("evaluation", scalars, step)
         self.learner.save_best(self.out / CHECKPOINT, scalars)
         self.reporter.results(f"update {step:,}", results)
-
-    def interrupted(self) -> None:
-        """Save, and raise what tells how to go on."""
-        self._save()
-        name, done = interrupts.requested() or "interrupted", f"{self.learner.step:,} of {self.run.steps:,} updates"
-        raise InterruptedRunError(f"{name}: saved after {done}; go on with: {self.again}")
 
     def _save(self) -> None:
         with interrupts.held():
             self.logs.sync()
             save_checkpoint(self.learner, self.out / CHECKPOINT)
             self.learner.policy.save_pretrained(self.out / POLICY)
+        self._begin()
 
 
 def _duration(seconds: float) -> str:
