@@ -19,7 +19,7 @@ MODULES = (
     "data.dataset", "data.files", "data.d4rl", "data.minari", "data.ogbench", "data.replay", "envs.evaluation",
     "envs.generate", "envs.tasks", "experiments.demo", "experiments.finetune", "experiments.presets",
     "experiments.reproduce", "experiments.run", "experiments.settings", "llm.baselines", "llm.data",
-    "llm.embedding_flow", "llm.latent", "llm.run",
+    "llm.aligner", "llm.embedding_flow", "llm.latent", "llm.run",
 )  # fmt: skip
 # Where a formula or a protocol is someone else's, whose it is.
 SOURCES = ("paper", "release", "ALGORITHM", "Stable-Baselines3", "LeRobot")

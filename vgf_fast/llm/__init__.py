@@ -14,9 +14,10 @@ if _found is not None and _found.origin and Path(_found.origin).parent == Path(_
     sys.modules["kernels"] = None  # type: ignore[assignment]
 
 from vgf_fast.config import TransportBudget  # noqa: E402
+from vgf_fast.llm.aligner import TokenBudget  # noqa: E402
 from vgf_fast.llm.baselines import BestOfN, TokenSearch, compare, summary  # noqa: E402
 from vgf_fast.llm.decoding import Decoding  # noqa: E402
-from vgf_fast.llm.embedding_flow import EmbeddingFlow, TokenBudget  # noqa: E402
+from vgf_fast.llm.embedding_flow import EmbeddingFlow  # noqa: E402
 from vgf_fast.llm.latent import LatentFlow  # noqa: E402
 from vgf_fast.llm.reference_model import ReferenceModel  # noqa: E402
 from vgf_fast.llm.result import AlignResult, Response, Transport, Usage  # noqa: E402

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vgf_fast.config import TransportBudget
-from vgf_fast.llm.embedding_flow import Aligner, Run
+from vgf_fast.llm.aligner import Aligner, Run
 from vgf_fast.llm.reference_model import ReferenceModel
 from vgf_fast.llm.result import AlignResult
 from vgf_fast.llm.reward import Reward

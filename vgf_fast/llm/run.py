@@ -19,9 +19,10 @@ from vgf_fast.common import locks
 from vgf_fast.common.devices import choose_device
 from vgf_fast.common.progress import progress_bar
 from vgf_fast.config import MAX_SEED, TransportBudget, integer
+from vgf_fast.llm.aligner import Aligner, TokenBudget
 from vgf_fast.llm.baselines import BestOfN, TokenSearch
 from vgf_fast.llm.data import Message, read_rows, render_chat
-from vgf_fast.llm.embedding_flow import Aligner, EmbeddingFlow, TokenBudget
+from vgf_fast.llm.embedding_flow import EmbeddingFlow
 from vgf_fast.llm.reference_model import ReferenceModel
 from vgf_fast.llm.reward import RewardModel
 
