@@ -18,13 +18,14 @@ from vgf_fast.common.ambient import neutral
 from vgf_fast.common.arrays import as_tensor
 from vgf_fast.common.devices import device_of
 from vgf_fast.common.files import folder_of
+from vgf_fast.common.generators import generator_state, restored_generator
 from vgf_fast.config import TrainConfig, VGFConfig, integer, integers
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache, addresses
 from vgf_fast.kernels import ranges
 from vgf_fast.loop import Duty, check_losses
 from vgf_fast.networks import VelocityField
-from vgf_fast.policy import VGFPolicy, generator_state, restored_generator
+from vgf_fast.policy import VGFPolicy
 from vgf_fast.reference import MLPWeights
 
 if TYPE_CHECKING:

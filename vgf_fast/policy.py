@@ -7,9 +7,8 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
@@ -22,7 +21,8 @@ from vgf_fast.common.arrays import as_tensor, check_generator
 from vgf_fast.common.bounds import ActionBounds
 from vgf_fast.common.devices import device_of
 from vgf_fast.common.files import folder_of, write_text
-from vgf_fast.common.spaces import spaces_of
+from vgf_fast.common.generators import GeneratorState, generator_state, restored_generator
+from vgf_fast.common.spaces import policy_fields
 from vgf_fast.config import MAX_SEED, Selection, TransportBudget, VGFConfig, choice, config_from_reference, integer
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache
@@ -68,12 +68,9 @@ class VGFPolicy(nn.Module):
         self._graphs = GraphCache("acting")
         init = torch.Generator("cpu").manual_seed(self.seed)
         sizes = (config.observation_dim, config.action_dim)
-        self.critic = EnsembleMLP(
-            *sizes, config.hidden_dims, config.members, config.layer_norm, config.activation, generator=init
-        )
-        self.target_critic = EnsembleMLP(
-            *sizes, config.hidden_dims, config.members, config.layer_norm, config.activation, generator=init
-        )
+        critic = (*sizes, config.hidden_dims, config.members, config.layer_norm, config.activation)
+        self.critic = EnsembleMLP(*critic, generator=init)
+        self.target_critic = EnsembleMLP(*critic, generator=init)
         self.target_critic.load_state_dict(self.critic.state_dict())
         self.target_critic.requires_grad_(False)
         behavior = (*sizes, config.behavior_hidden_dims, config.behavior_layer_norm, config.activation)
@@ -429,22 +426,8 @@ class VGFPolicy(nn.Module):
 
         Raises ``ValueError`` for spaces it cannot act in, saying which wrapper mends it; ``TypeError`` if it is none.
         """
-        if not hasattr(env, "observation_space"):
-            raise TypeError(f"env is {env!r}, expected a Gymnasium environment, as gymnasium.make gives")
-        spaces = spaces_of(env)
-        observation = getattr(env, "single_observation_space", env.observation_space)
-        if not np.issubdtype(observation.dtype, np.floating):
-            raise ValueError(f"the observation space holds {observation.dtype}, expected floating numbers")
-        sizes: dict[str, Any] = {"observation_dim": spaces.observation_dim, "action_dim": len(spaces.action_low)}
-        if "action_low" not in overrides and "action_high" not in overrides:
-            bounds = spaces.bounds
-            if bounds is None:
-                raise ValueError(
-                    f"the action space is [{spaces.action_low}, {spaces.action_high}], expected finite bounds: give "
-                    "action_low and action_high, the range that is meant to be used"
-                )
-            sizes |= {} if bounds.is_unit else {"action_low": bounds.low, "action_high": bounds.high}
-        config = VGFConfig.from_dict({**sizes, **overrides})
+        are_bounded = "action_low" in overrides or "action_high" in overrides
+        config = VGFConfig.from_dict({**policy_fields(env, with_bounds=not are_bounded), **overrides})
         return cls(config, device=device, backend=backend, seed=seed)
 
     @neutral
@@ -507,21 +490,13 @@ class VGFPolicy(nn.Module):
         critic becomes a copy of the critic.
         Raises ``checkpoints.CheckpointError`` naming an array that is missing, left over, or of another shape.
         """
-        from vgf_fast.reference_checkpoint import count_members, load_mlp
+        from vgf_fast.reference_checkpoint import count_members, load_networks, read_config
 
-        policy_config, _ = config_from_reference(_reference_config(config))
+        policy_config, _ = config_from_reference(read_config(config))
         # The release's configuration does not say how many critics there are; its arrays do.
         policy_config = dataclasses.replace(policy_config, members=count_members(arrays))
         policy = cls(policy_config, backend=backend, seed=seed)
-        load_mlp(policy.critic, arrays, "critic")
-        has_target = any(name.startswith("target_critic/") for name in arrays)
-        if has_target:
-            load_mlp(policy.target_critic, arrays, "target_critic")
-        else:
-            policy.target_critic.load_state_dict(policy.critic.state_dict())
-        load_mlp(policy.behavior, arrays, "bc")
-        if policy.score_field is not None:
-            load_mlp(policy.score_field, arrays, "q_grad")
+        load_networks(policy, arrays)
         return policy.to(device_of(device)) if device is not None else policy
 
     @classmethod
@@ -541,40 +516,3 @@ class VGFPolicy(nn.Module):
         from vgf_fast.reference_checkpoint import read_parameters
 
         return cls.from_reference_parameters(read_parameters(path), config, device, backend, seed)
-
-
-class GeneratorState(NamedTuple):
-    """Where random numbers go on."""
-
-    device: str  # its type
-    state: bytes
-
-
-def generator_state(generator: torch.Generator) -> GeneratorState:
-    """A generator's state, which ``restored_generator`` takes up."""
-    return GeneratorState(generator.device.type, generator.get_state().numpy().tobytes())
-
-
-def restored_generator(state: GeneratorState | None, device: torch.device, seed: int) -> torch.Generator:
-    """A generator on a device that goes on from a state; without one of this kind of device, from ``seed``."""
-    generator = torch.Generator(device).manual_seed(seed)
-    if state is not None and state.device == device.type:
-        generator.set_state(torch.frombuffer(bytearray(state.state), dtype=torch.uint8))
-    return generator
-
-
-def _reference_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
-    if isinstance(config, Mapping):
-        return config
-    path = Path(config)
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration at {path}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, expected an object of the release's keys")
-    # The release writes its flags beside the checkpoint with the agent's configuration below "agent".
-    agent = values.get("agent")
-    return agent if isinstance(agent, dict) else values

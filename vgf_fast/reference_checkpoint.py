@@ -7,12 +7,13 @@ arrays of plain numbers and refuses every other global before anything is called
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from numpy.typing import NDArray
 from vgf_fast.common.arrays import with_values
 from vgf_fast.common.checkpoints import CheckpointError
 from vgf_fast.networks import GaussianBehavior, StackedMLP
+
+if TYPE_CHECKING:
+    from vgf_fast.policy import VGFPolicy
 
 _PLAIN_DTYPES = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)} | {"f2", "f4", "f8", "b1"}
 
@@ -222,6 +226,21 @@ def _take(arrays: dict[str, Any], name: str, parameter: torch.Tensor, stacked: b
         raise CheckpointError(f"{name} has values that are not finite in {parameter.dtype}, expected finite weights")
 
 
+def load_networks(policy: VGFPolicy, arrays: Mapping[str, Any]) -> None:
+    """Copy the release's arrays into a policy's networks; a missing target critic becomes a copy of the critic.
+
+    Raises ``CheckpointError`` naming an array that is missing, left over, or of another shape.
+    """
+    load_mlp(policy.critic, arrays, "critic")
+    if any(name.startswith("target_critic/") for name in arrays):
+        load_mlp(policy.target_critic, arrays, "target_critic")
+    else:
+        policy.target_critic.load_state_dict(policy.critic.state_dict())
+    load_mlp(policy.behavior, arrays, "bc")
+    if policy.score_field is not None:
+        load_mlp(policy.score_field, arrays, "q_grad")
+
+
 @torch.no_grad()
 def load_mlp(module: StackedMLP, arrays: Mapping[str, Any], prefix: str) -> None:
     """Copy the release's arrays below ``prefix`` into a module, in place and in the module's dtype.
@@ -246,3 +265,24 @@ def load_mlp(module: StackedMLP, arrays: Mapping[str, Any], prefix: str) -> None
         raise CheckpointError(
             f"the release's parameters hold more than the configuration says: {', '.join(sorted(left))}"
         )
+
+
+def read_config(config: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
+    """The agent's configuration of the release: a dict as it is, or what is in the JSON file at a path.
+
+    Raises ``FileNotFoundError``, and ``ValueError`` for what is not an object in JSON.
+    """
+    if isinstance(config, Mapping):
+        return config
+    path = Path(config)
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration at {path}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, expected an object of the release's keys")
+    # The release writes its flags beside the checkpoint with the agent's configuration below "agent".
+    agent = values.get("agent")
+    return agent if isinstance(agent, dict) else values

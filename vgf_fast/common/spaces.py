@@ -43,3 +43,26 @@ def spaces_of(env: Any, observation: Any = None, action: Any = None) -> Spaces:
     if not np.issubdtype(action.dtype, np.floating):
         raise ValueError(f"the action space holds {action.dtype}, expected floating numbers")
     return Spaces(observation.shape[0], action.low.copy(), action.high.copy())
+
+
+def policy_fields(env: Any, *, with_bounds: bool) -> dict[str, Any]:
+    """The fields of a policy's configuration that an environment decides: widths and, unless [-1, 1], bounds.
+
+    Raises ``TypeError`` for what is no environment, and ``ValueError`` for spaces that no policy can act in.
+    """
+    if not hasattr(env, "observation_space"):
+        raise TypeError(f"env is {env!r}, expected a Gymnasium environment, as gymnasium.make gives")
+    spaces = spaces_of(env)
+    observation = getattr(env, "single_observation_space", env.observation_space)
+    if not np.issubdtype(observation.dtype, np.floating):
+        raise ValueError(f"the observation space holds {observation.dtype}, expected floating numbers")
+    fields: dict[str, Any] = {"observation_dim": spaces.observation_dim, "action_dim": len(spaces.action_low)}
+    if with_bounds:
+        bounds = spaces.bounds
+        if bounds is None:
+            raise ValueError(
+                f"the action space is [{spaces.action_low}, {spaces.action_high}], expected finite bounds: give "
+                "action_low and action_high, the range that is meant to be used"
+            )
+        fields |= {} if bounds.is_unit else {"action_low": bounds.low, "action_high": bounds.high}
+    return fields
