@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the top down: a module imports what stands below its own place here, and modules of its own place.
 ORDER = (
-    "cli", "experiments", "llm", "learner", "online", "loop", "envs", "policy", "reference_checkpoint", "fused",
-    "functional", "flow_gradient", "backends", "graphs", "checks", "networks", "reference", "blocked", "native",
-    "layers", "data", "kernels", "common", "config",
+    "cli", "experiments", "llm", "learner", "online", "loop", "envs", "batches", "policy", "reference_checkpoint",
+    "fused", "functional", "flow_gradient", "backends", "graphs", "checks", "networks", "reference", "blocked",
+    "native", "layers", "data", "kernels", "common", "config",
 )  # fmt: skip
 # Of what stands below them, these know no more than this.
 KNOW_ONLY = {

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vgf_fast import functional, fused, loop, reference
+from vgf_fast import batches, functional, fused, loop, reference
+from vgf_fast.batches import BATCH_FIELDS
 from vgf_fast.checks import results_left
 from vgf_fast.common import checkpoints
 from vgf_fast.common.ambient import neutral
-from vgf_fast.common.arrays import as_tensor
 from vgf_fast.common.devices import device_of
 from vgf_fast.common.files import folder_of
 from vgf_fast.common.generators import generator_state, restored_generator
@@ -23,7 +23,7 @@ from vgf_fast.config import TrainConfig, VGFConfig, integer, integers
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache, addresses
 from vgf_fast.kernels import ranges
-from vgf_fast.loop import Duty, check_losses
+from vgf_fast.loop import LOSSES, Duty, check_losses
 from vgf_fast.networks import VelocityField
 from vgf_fast.policy import VGFPolicy
 from vgf_fast.reference import MLPWeights
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 LEARNER_FILE = "learner.safetensors"
 BEST = "best"  # folder of a directory of checkpoints
-BATCH_FIELDS = ("observations", "actions", "next_observations", "rewards", "masks")
-RANGES = {"actions": (-1, 1), "masks": (0, 1), "bc_t": (0, 1)}  # of the numbers in a batch or in noise
 METRICS = ("critic_loss", "bc_loss", "q_mean", "target_mean", "bc_flow_var", "vgf_var")
 UPDATES_A_REPLAY = 10  # of a CUDA graph: what the host does between replays is then a tenth an update
 
@@ -87,7 +85,7 @@ class Learner:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, a file or another process, none of which can take a generator: its state stands for it."""
+        """Give what a copy, a file or another process can take: not a generator, but its state."""
         return {**self.__dict__, "generator": generator_state(self.generator)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -305,7 +303,7 @@ class Learner:
         return name, self.config.expectile
 
     def _compute_dtype(self) -> torch.dtype:
-        """Of the operands of matrix products in the kernels."""
+        """Dtype of the operands of matrix products in the kernels."""
         return torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
 
     def _compute_weights(self, weights: MLPWeights) -> MLPWeights:
@@ -328,58 +326,13 @@ class Learner:
         return -reference.gaussian_log_likelihood(mean, behavior.log_std, data["actions"], behavior.tanh).mean()
 
     def _batch(self, batch: Mapping[str, Any], check: bool) -> dict[str, Tensor]:
-        _check_fields("batch", batch, BATCH_FIELDS)
-        rewards = as_tensor("batch['rewards']", batch["rewards"])
-        if rewards.ndim != 1:
-            raise ValueError(
-                f"batch['rewards'] has shape {tuple(rewards.shape)}, expected (B,): one number a transition"
-            )
-        size = len(rewards)
-        if size < 1:
-            raise ValueError("batch is empty, expected at least one transition")
-        observation, action = (size, self.policy.config.observation_dim), (size, self.policy.config.action_dim)
-        shapes = dict(zip(BATCH_FIELDS, (observation, action, observation, (size,), (size,)), strict=True))
-        data = {}
-        for name, shape in shapes.items():
-            data[name] = self._tensor(f"batch[{name!r}]", batch[name], shape)
-            if check:
-                _check_values(f"batch[{name!r}]", data[name], *RANGES.get(name, ()))
-        return data
-
-    def _tensor(self, name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
-        tensor = as_tensor(name, value)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating dtype")
-        if isinstance(value, Tensor) and tensor.device != self.policy.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, but the policy is on {self.policy.device}: move one of them"
-            )
-        tensor = tensor.to(self.policy.device, self.policy.dtype)
-        # A tensor of inference mode cannot be kept for a backward pass.
-        return tensor.clone() if tensor.is_inference() else tensor
+        return batches.checked_batch(self.policy, batch, check)
 
     def _noise(self, noise: Mapping[str, Any] | None, size: int, check: bool = True) -> dict[str, Tensor]:
-        config = self.policy.config
-        self.policy.check_memory(size, config.train_budget)
-        shapes: dict[str, tuple[int, ...]] = {"particles": (size, config.particles, config.action_dim)}
-        if config.behavior == "flow":
-            shapes |= {"bc_x0": (size, config.action_dim), "bc_t": (size, 1)}
+        self.policy.check_memory(size, self.policy.config.train_budget)
         if noise is not None:
-            _check_fields("noise", noise, shapes)
-            given = {name: self._tensor(f"noise[{name!r}]", noise[name], shape) for name, shape in shapes.items()}
-            for name, tensor in given.items() if check else ():
-                _check_values(f"noise[{name!r}]", tensor, *RANGES.get(name, ()))
-            return given
-        draw = {"bc_t": torch.Tensor.uniform_}
-        with ranges.span("vgf/noise"):
-            return {
-                name: draw.get(name, torch.Tensor.normal_)(
-                    torch.empty(shape, device=self.policy.device, dtype=self.policy.dtype), generator=self.generator
-                )
-                for name, shape in shapes.items()
-            }
+            return batches.checked_noise(self.policy, noise, size, check)
+        return batches.drawn_noise(self.policy, size, self.generator)
 
     # --- many updates -----------------------------------------------------------------------------------------------
 
@@ -436,15 +389,15 @@ class Learner:
             from vgf_fast.envs.evaluation import evaluate, means
 
             assert eval_env is not None
-            found = means(
+            scores = means(
                 evaluate(
                     self.policy, eval_env, episodes=eval_episodes, flow_steps=eval_flow_steps, seed=self.config.seed,
                     num_envs=eval_num_envs, progress=False,
                 )
             )  # fmt: skip
-            log({"step": self.step, **found})
+            log({"step": self.step, **scores})
             if checkpoint_dir is not None:
-                self.save_best(checkpoint_dir, found)
+                self.save_best(checkpoint_dir, scores)
 
         def save() -> None:
             assert checkpoint_dir is not None
@@ -475,8 +428,9 @@ class Learner:
     ) -> None:
         """Update on batches of a dataset until ``step`` is ``end``: what ``fit`` and runs in a directory are made of.
 
-        ``on_log`` gets a record of every ``log_interval``-th update and of the last one. ``first``, ``evaluation`` and
-        ``save`` are ``vgf_fast.loop.run``'s; the losses are looked at before each. Raises what ``fit`` raises.
+        ``on_log`` gets a record of every ``log_interval``-th update and of the last one. For ``first``, ``save`` and
+        duties see ``vgf_fast.loop.run``; the losses are looked at before ``evaluation`` and ``save``. Raises what
+        ``fit`` raises.
         """
         if not hasattr(dataset, "sample"):
             kind = type(dataset).__name__
@@ -494,28 +448,25 @@ class Learner:
             nonlocal metrics
             metrics = self._updates(dataset, limit)
 
-        def checked(duty: Duty) -> Duty:
-            def check_and_do() -> None:
-                check_losses(self.step, values())
-                duty.do()
-
-            return duty._replace(do=check_and_do)
-
-        def values() -> dict[str, float]:
-            return {name: value.item() for name, value in metrics.items()}
-
         def log() -> None:
-            record = values()
-            on_log({"step": self.step, **record})
-            check_losses(self.step, record)
+            on_log({"step": self.step, **{name: value.item() for name, value in metrics.items()}})
+            check()
 
+        def check() -> None:
+            check_losses(self.step, {name: value.item() for name, value in metrics.items() if name in LOSSES})
+
+        others = [duty for duty in (evaluation, save) if duty is not None]
         loop.run(
             "training",
             work,
             lambda: self.step,
             end,
-            [Duty(log_interval, log, is_held=True), *([] if evaluation is None else [checked(evaluation)])],
-            None if save is None else checked(save),
+            [
+                Duty(log_interval, log, is_held=True),
+                *(Duty(duty.interval, check, is_held=True) for duty in others),
+                *([] if evaluation is None else [evaluation]),
+            ],
+            save,
             first=first,
             progress=progress,
         )
@@ -700,29 +651,6 @@ class Learner:
             learner.generator.set_state(tensors["generator/learner"])
             policy.generator.set_state(tensors["generator/policy"])
         return learner
-
-
-def _check_fields(name: str, given: Mapping[str, Any], fields: Iterable[str]) -> None:
-    """Raise ``TypeError`` for what is no mapping, and ``ValueError`` for one that lacks a field."""
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{name} is a {type(given).__name__}, expected a dict with {', '.join(fields)}")
-    missing = [field for field in fields if field not in given]
-    if missing:
-        raise ValueError(f"{name} lacks {', '.join(missing)}; it needs {', '.join(fields)}")
-
-
-def _check_values(name: str, tensor: Tensor, low: float = -math.inf, high: float = math.inf) -> None:
-    """Raise ``ValueError`` naming the first row of ``tensor``, as the update takes it, not finite or out of range."""
-    if tensor.device.type != "cpu":
-        return
-    rows = tensor.reshape(len(tensor), -1)
-    for wrong, told in (
-        (~torch.isfinite(rows), "has NaN or infinity in row {row}, expected finite numbers"),
-        ((rows < low) | (rows > high), f"leaves [{low}, {high}] in row {{row}}: {{values}}"),
-    ):
-        if wrong.any():
-            row = int(wrong.any(dim=1).nonzero()[0])
-            raise ValueError(f"{name} {told.format(row=row, values=tensor[row].tolist())}")
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

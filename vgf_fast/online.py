@@ -85,9 +85,9 @@ class OnlineTraining:
             raise ValueError(f"dataset is None, expected the offline transitions: style is {style!r}")
         if dataset is not None:
             for name in ("observation_dim", "action_dim"):
-                found, expected = getattr(dataset, name), getattr(config, name)
-                if found != expected:
-                    raise ValueError(f"the dataset's {name} is {found}, expected {expected}: the policy's")
+                width, expected = getattr(dataset, name), getattr(config, name)
+                if width != expected:
+                    raise ValueError(f"the dataset's {name} is {width}, expected {expected}: the policy's")
             learner.policy.take_action_bounds(dataset.action_bounds)
         self.bounds = check_environment(learner.policy, make_env)  # of the environment's actions
         if learner.policy.action_bounds is None and not self.bounds.is_unit:

@@ -99,12 +99,12 @@ class VGFPolicy(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Dtype of the weights."""
         return self.critic.dtype
 
     @property
     def particle_dtype(self) -> torch.dtype:
-        """Of particles and actions: float32, or float64 when the weights are."""
+        """Dtype of particles and actions: float32, or float64 when the weights are."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
@@ -116,7 +116,7 @@ class VGFPolicy(nn.Module):
         return self._generator
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, a file or another process, none of which can take a generator: its state stands for it."""
+        """Give what a copy, a file or another process can take: not a generator, but its state."""
         state = generator_state(self._generator) if self._generator is not None else self._generator_state
         return {**self.__dict__, "_generator": None, "_generator_state": state}
 

@@ -79,11 +79,11 @@ def _line_of(box: str) -> str:
 
 def _flattened(arguments: Sequence[str]) -> list[str]:
     """Arguments with tuples as Python writes them, (0, 1), taken apart into the values that a flag takes: 0 1."""
-    found = []
+    flat = []
     for argument in arguments:
         match = re.fullmatch(r"(?:(--[\w-]+)=)?[(\[]\s*(-?\d+(?:\s*,\s*-?\d+)*)\s*,?\s*[)\]]", argument)
-        found += [argument] if match is None else [*filter(None, [match[1]]), *re.split(r"\s*,\s*", match[2])]
-    return found
+        flat += [argument] if match is None else [*filter(None, [match[1]]), *re.split(r"\s*,\s*", match[2])]
+    return flat
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,10 +37,10 @@ def _demo(options: Demo, console: Console) -> None:
     from vgf_fast.experiments import demo
 
     device = choose_device(options.device or "cpu")
-    found = demo.run(options.demo, options.out, device, options.backend, console.line)
-    baseline = ("the data's own controller", found.data_mean, found.data_low, found.data_high)
-    console.results(f"{demo.ENVIRONMENT}, seed {options.demo.seed}", found.results, demo.CONFIDENCE, baseline)
-    for line in demo.verdict(found.results, name_of):
+    outcome = demo.run(options.demo, options.out, device, options.backend, console.line)
+    baseline = ("the data's own controller", outcome.data_mean, outcome.data_low, outcome.data_high)
+    console.results(f"{demo.ENVIRONMENT}, seed {options.demo.seed}", outcome.results, demo.CONFIDENCE, baseline)
+    for line in demo.verdict(outcome.results, name_of):
         console.line(line)
     console.line(f"written to {options.out}: learning_curve.png, particles.png, results.json, policy/")
 
@@ -187,9 +187,9 @@ def _reproduce(options: Reproduce, console: Console) -> None:
         raise ValueError("there is no task: give --preset, or a configuration with run.task")
     paper = None if options.preset is None else preset(options.preset).paper
     seeds = reproduce.parse_seeds(options.seeds)
-    found = reproduce.reproduce(options.out, sections, seeds, paper, console)
-    title = f"{options.preset or sections['run']['task']}: {len(found.seeds)} seeds, {found.steps:,} updates"
-    console.table(title, *reproduce.table(found))
+    summary = reproduce.reproduce(options.out, sections, seeds, paper, console)
+    title = f"{options.preset or sections['run']['task']}: {len(summary.seeds)} seeds, {summary.steps:,} updates"
+    console.table(title, *reproduce.table(summary))
     console.line(f"written to {options.out}: {reproduce.EVALUATIONS}, {reproduce.SUMMARY}, {reproduce.CURVE}")
 
 
@@ -208,8 +208,8 @@ def _presets(options: Presets, console: Console) -> None:
 
     names = list(presets) if options.name is None else [options.name]
     if options.json or options.name is not None:
-        found = {name: dataclasses.asdict(preset(name)) | {"ours": sorted(preset(name).ours)} for name in names}
-        console.line(json.dumps(found, indent=2))
+        shown = {name: dataclasses.asdict(preset(name)) | {"ours": sorted(preset(name).ours)} for name in names}
+        console.line(json.dumps(shown, indent=2))
         return
     rows = []
     for name in (name for name in names if AMORTIZED not in name):
@@ -269,18 +269,18 @@ def information() -> dict[str, Any]:
 
 
 def _info(options: Info, console: Console) -> None:
-    found = information()
+    facts = information()
     if options.json:
-        console.line(json.dumps(found, indent=2))
+        console.line(json.dumps(facts, indent=2))
         return
-    rows = [("platform", found["platform"])]
-    rows += [(name, version or "not installed") for name, version in found["versions"].items()]
-    rows += [(device["name"], device["description"]) for device in found["devices"]]
-    rows += [(f"backend {name}", state) for name, state in found["backends"].items()]
-    rows += [("kernels", ", ".join(found["kernels"]) or "none")]
-    rows += [("compiled C for the CPU", found["compiled"])]
-    rows += [("threads", f"{found['threads']['torch']} of torch on {found['threads']['cores']} cores")]
-    rows += [("waiting threads", found["threads"]["spin"])]
+    rows = [("platform", facts["platform"])]
+    rows += [(name, version or "not installed") for name, version in facts["versions"].items()]
+    rows += [(device["name"], device["description"]) for device in facts["devices"]]
+    rows += [(f"backend {name}", state) for name, state in facts["backends"].items()]
+    rows += [("kernels", ", ".join(facts["kernels"]) or "none")]
+    rows += [("compiled C for the CPU", facts["compiled"])]
+    rows += [("threads", f"{facts['threads']['torch']} of torch on {facts['threads']['cores']} cores")]
+    rows += [("waiting threads", facts["threads"]["spin"])]
     console.table("vgf_fast", ("what", "found"), rows, "left")
 
 

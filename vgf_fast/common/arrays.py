@@ -51,7 +51,7 @@ def as_tensor(name: str, value: Any) -> torch.Tensor:
 
 
 def with_values(name: str, value: Any) -> torch.Tensor:
-    """As ``as_tensor``; raises ``TypeError`` for a tensor without memory, too."""
+    """Do as ``as_tensor``, and raise ``TypeError`` for a tensor without memory too."""
     tensor = as_tensor(name, value)
     if tensor.is_meta:
         raise TypeError(f"{name} is on the meta device, expected values")

@@ -101,5 +101,5 @@ class ActionBounds:
 
 
 def _listed(values: tuple[float, ...]) -> str:
-    """As few numbers as say them all."""
+    """List the values, of which one stands for all where they are equal."""
     return ", ".join(f"{value:.7g}" for value in (values[:1] if len(set(values)) == 1 else values))

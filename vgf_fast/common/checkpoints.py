@@ -108,15 +108,15 @@ def _about(path: Path, file: Any, kind: str) -> tuple[str, str]:
         raise CheckpointError(f"{path} was not written by vgf_fast: its metadata has no entry {_FORMAT!r}")
     try:
         about = json.loads(metadata)
-        version, found, text, digest = (about[key] for key in ("version", "kind", "header", "sha256"))
+        version, saved_kind, text, digest = (about[key] for key in ("version", "kind", "header", "sha256"))
         if not isinstance(json.loads(text), dict):
             raise TypeError("its header is no object")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: its metadata cannot be read: {error}") from error
     if version != _FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}, expected {_FORMAT_VERSION}")
-    if found != kind:
-        raise CheckpointError(f"{path} holds a {found}, expected a {kind}")
+    if saved_kind != kind:
+        raise CheckpointError(f"{path} holds a {saved_kind}, expected a {kind}")
     return text, digest
 
 

@@ -128,7 +128,7 @@ def held() -> Iterator[None]:
 
 
 def _forget() -> None:
-    """In a forked child: its signals are not the parent's."""
+    """Forget the parent's signals in a forked child, which has its own."""
     global _current
     if _current is not None:
         _current = None

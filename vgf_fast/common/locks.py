@@ -44,7 +44,7 @@ def holding(directory: str | os.PathLike[str]) -> Iterator[None]:
     inherited = [handle]
 
     def forget() -> None:
-        """In a forked child: one that outlives this process must not keep the lock."""
+        """Let go in a forked child: one that outlives this process must not keep the lock."""
         while inherited:
             os.close(inherited.pop())
 
@@ -80,8 +80,8 @@ def _open_locked(path: Path, directory: Path) -> int:
 
 def _holder(about: bytes) -> str:
     try:
-        found = json.loads(about)
-        return f"process {found['pid']} on {found['host']} since {found['started']}"
+        holder = json.loads(about)
+        return f"process {holder['pid']} on {holder['host']} since {holder['started']}"
     except (ValueError, KeyError, TypeError):
         # It has the lock, and has not yet said who it is.
         return "another process"

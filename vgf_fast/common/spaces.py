@@ -18,7 +18,7 @@ class Spaces(NamedTuple):
 
     @property
     def bounds(self) -> ActionBounds | None:
-        """Of the actions; None where one is infinite."""
+        """Bounds of the actions; None where one is infinite."""
         if not np.isfinite([self.action_low, self.action_high]).all():
             return None
         return ActionBounds(tuple(self.action_low.tolist()), tuple(self.action_high.tolist()))

@@ -63,20 +63,20 @@ _HAND_STEPS = {"pen": 100, **dict.fromkeys(("door", "hammer", "relocate"), 200)}
 
 
 def _urls() -> dict[str, str]:
-    found = {}
+    urls = {}
     for name in LOCOMOTION:
         for level in _LEVELS:
             for version in ("v1", "v2"):
                 file = f"{name}_{level.replace('-', '_')}-{version}.hdf5"
-                found[f"{name}-{level}-{version}"] = f"{SERVER}/gym_mujoco_{version}/{file}"
+                urls[f"{name}-{level}-{version}"] = f"{SERVER}/gym_mujoco_{version}/{file}"
     for name, (maze, start, goal) in _MAZES.items():
         file = f"Ant_maze_{maze}_noisy_multistart_{start}_multigoal_{goal}_sparse"
-        found[f"antmaze-{name}-v0"] = f"{SERVER}/ant_maze_new/{file}.hdf5"
-        found[f"antmaze-{name}-v2"] = f"{SERVER}/ant_maze_v2/{file}_fixed.hdf5"
+        urls[f"antmaze-{name}-v0"] = f"{SERVER}/ant_maze_new/{file}.hdf5"
+        urls[f"antmaze-{name}-v2"] = f"{SERVER}/ant_maze_v2/{file}_fixed.hdf5"
     for name in _HANDS:
         for level in ("human", "cloned", "expert"):
-            found[f"{name}-{level}-v1"] = f"{SERVER}/hand_dapg_v1/{name}-{level}-v1.hdf5"
-    return found
+            urls[f"{name}-{level}-v1"] = f"{SERVER}/hand_dapg_v1/{name}-{level}-v1.hdf5"
+    return urls
 
 
 URLS = _urls()  # task -> address of its file
@@ -142,8 +142,8 @@ def load(
     robot = family(task)
     file = find(task, path, url=url, progress=progress)
     arrays = read(file)
-    found = transitions(arrays, episode_steps(task))
-    if len(found["rewards"]) == 0:
+    fields = transitions(arrays, episode_steps(task))
+    if len(fields["rewards"]) == 0:
         raise ValueError(f"{file} holds no transitions: {len(arrays['rewards'])} rows, expected at least 2 in a row")
     # With the file's rewards, as they were counted when the reference returns were.
     scale, shift = 1.0, 0.0
@@ -152,18 +152,18 @@ def load(
     elif robot in LOCOMOTION and normalize_reward:
         # A trajectory that the file breaks off has no return.
         last = [arrays[name][-2:].any() for name in ("terminals", "timeouts") if name in arrays]
-        scale = return_scale(file, found["rewards"], found["ends"], cut_off=not any(last))
-    outside = int((np.abs(found["actions"]) > 1.0 + ACTION_TOLERANCE).any(axis=1).sum())
+        scale = return_scale(file, fields["rewards"], fields["ends"], cut_off=not any(last))
+    outside = int((np.abs(fields["actions"]) > 1.0 + ACTION_TOLERANCE).any(axis=1).sum())
     if outside:
         warnings.warn(f"{file}: {outside} actions lie outside [-1, 1], and are clipped", stacklevel=2)
     with named(file):
         train = Dataset.from_arrays(
-            observations=found["observations"],
-            actions=np.clip(found["actions"], -ACTION_CLIP, ACTION_CLIP),
-            next_observations=found["next_observations"],
-            rewards=scale * found["rewards"] + shift,
-            masks=1.0 - found["terminals"],
-            terminals=found["ends"],
+            observations=fields["observations"],
+            actions=np.clip(fields["actions"], -ACTION_CLIP, ACTION_CLIP),
+            next_observations=fields["next_observations"],
+            rewards=scale * fields["rewards"] + shift,
+            masks=1.0 - fields["terminals"],
+            terminals=fields["ends"],
             device=device,
             dtype=dtype,
         )

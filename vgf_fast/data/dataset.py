@@ -212,7 +212,7 @@ class Dataset:
         return self._draw(self.size, batch_size, generator)
 
     def _draw(self, rows: int, batch_size: int, generator: torch.Generator | None) -> dict[str, torch.Tensor]:
-        """As `sample`, from the first rows."""
+        """Draw as `sample` does, from the first rows."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)):
             raise TypeError(f"batch_size is {batch_size!r}, expected an integer")
         if batch_size < 1:

@@ -79,17 +79,17 @@ class Source(ABC):
     def _reading(self) -> AbstractContextManager[None]:
         return reading(self.path, ", or not what its ending says")
 
-    def _chosen(self, name: str, found: Sequence[str]) -> tuple[str, ...]:
-        """The keys to read of a dict field that has the keys ``found``."""
-        named = f"{self.path}: {name} is a dict of {', '.join(found)}"
+    def _chosen(self, name: str, available: Sequence[str]) -> tuple[str, ...]:
+        """The keys to read of a dict field that has the keys ``available``."""
+        named = f"{self.path}: {name} is a dict of {', '.join(available)}"
         if name not in ("observations", "next_observations"):
             raise ValueError(f"{named}, expected one array")
         if not self.keys:
             raise ValueError(
-                f"{named}: choose what the policy shall see, such as observation_keys={tuple(found)} of "
+                f"{named}: choose what the policy shall see, such as observation_keys={tuple(available)} of "
                 "vgf_fast.data.files.load, or write it side by side into one array"
             )
-        missing = [key for key in self.keys if key not in found]
+        missing = [key for key in self.keys if key not in available]
         if missing:
             raise ValueError(f"{named}, expected {' and '.join(missing)} among them, from observation_keys")
         return self.keys
@@ -105,13 +105,13 @@ class _Npz(Source):
     """Arrays of an .npz file, compressed or not, read as streams."""
 
     def _columns(self) -> dict[str, Column]:
-        found = {}
+        columns = {}
         with zipfile.ZipFile(self.path) as archive:
             for name in (*FIELDS, "terminals"):
                 if f"{name}.npy" in archive.namelist():
                     with archive.open(f"{name}.npy") as stream:
-                        found[name] = _column(self.path, name, *npy_header(stream)[::2])
-        return found
+                        columns[name] = _column(self.path, name, *npy_header(stream)[::2])
+        return columns
 
     def _chunks(self, name: str, rows: int) -> Iterator[np.ndarray]:
         with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as stream:
@@ -133,15 +133,15 @@ class _Hdf5(Source):
 
     def _columns(self) -> dict[str, Column]:
         with h5py().File(self.path, "r") as file:
-            found = {}
+            columns = {}
             for name in (*FIELDS, "terminals"):
                 if name in file:
                     parts = self._datasets(file, name)
                     if hasattr(file[name], "keys"):
-                        found[name] = _side_by_side(self.path, name, parts)
+                        columns[name] = _side_by_side(self.path, name, parts)
                     else:
-                        found[name] = _column(self.path, name, parts[0].shape, parts[0].dtype)
-            return found
+                        columns[name] = _column(self.path, name, parts[0].shape, parts[0].dtype)
+            return columns
 
     def _chunks(self, name: str, rows: int) -> Iterator[np.ndarray]:
         with h5py().File(self.path, "r") as file:
@@ -151,8 +151,8 @@ class _Hdf5(Source):
                 yield np.column_stack(arrays) if hasattr(file[name], "keys") else arrays[0]
 
     def _datasets(self, file: Any, name: str) -> list[Any]:
-        found = file[name]
-        parts = [found[key] for key in self._chosen(name, list(found))] if hasattr(found, "keys") else [found]
+        stored = file[name]
+        parts = [stored[key] for key in self._chosen(name, list(stored))] if hasattr(stored, "keys") else [stored]
         for part in parts:
             if not hasattr(part, "dtype") or part.shape is None:
                 raise ValueError(f"{self.path}: {part.name} is no array, expected one of numbers")
@@ -164,12 +164,12 @@ class _Parquet(Source):
 
     def _columns(self) -> dict[str, Column]:
         file = _parquet().ParquetFile(self.path)
-        found = {}
+        columns = {}
         for name in (*FIELDS, "terminals"):
             if name in file.schema_arrow.names:
                 first = next(iter(self._chunks(name, 1)), np.empty((0, 1) if name in VECTORS else (0,), np.float32))
-                found[name] = _column(self.path, name, (file.metadata.num_rows, *first.shape[1:]), first.dtype)
-        return found
+                columns[name] = _column(self.path, name, (file.metadata.num_rows, *first.shape[1:]), first.dtype)
+        return columns
 
     def _chunks(self, name: str, rows: int) -> Iterator[np.ndarray]:
         start = 0

@@ -60,22 +60,22 @@ def load(
         FileNotFoundError: no such data set in ``dataset_dir``. ConnectionError: the download failed.
         ImportError: Minari is not installed.
     """
-    found = _open(dataset, dataset_dir)
-    name = found.spec.dataset_id
-    bounds = _action_bounds(name, found.action_space)
-    _check_observations(name, found.observation_space)
+    stored = _open(dataset, dataset_dir)
+    name = stored.spec.dataset_id
+    bounds = _action_bounds(name, stored.action_space)
+    _check_observations(name, stored.observation_space)
     parts: dict[str, list[np.ndarray]] = {
         field: [] for field in ("observations", "actions", "next_observations", "rewards", "masks", "terminals")
     }
-    for episode in _episodes(found):
+    for episode in _episodes(stored):
         where = f"{name}, episode {episode.id}"
         rewards = np.asarray(episode.rewards, np.float64)
         steps = len(rewards)
         try:
-            observations = _flat(found.observation_space, episode.observations)
+            observations = _flat(stored.observation_space, episode.observations)
         except KeyError as error:
             raise ValueError(
-                f"{where}: observations has no {error}, expected all of {found.observation_space}"
+                f"{where}: observations has no {error}, expected all of {stored.observation_space}"
             ) from error
         actions = np.asarray(episode.actions, np.float64)
         lengths = {"actions": len(actions), "terminations": len(episode.terminations)}
@@ -103,20 +103,20 @@ def load(
         parts["masks"].append(1.0 - np.asarray(episode.terminations, np.float64))
         parts["terminals"].append(ends)
     if not parts["rewards"]:
-        raise ValueError(f"{name} holds no transitions: {found.total_episodes} episodes, expected one with a step")
+        raise ValueError(f"{name} holds no transitions: {stored.total_episodes} episodes, expected one with a step")
     arrays: dict[str, Any] = {field: np.concatenate(arrays) for field, arrays in parts.items()}
     with named(name):
         own = None if bounds.is_unit else bounds
         train = Dataset.from_arrays(**arrays, action_bounds=own, device=device, dtype=dtype)
-    return MinariData(train, name, _make_env(found), _score(found))
+    return MinariData(train, name, _make_env(stored), _score(stored))
 
 
 def evaluation(
     dataset: Any, dataset_dir: str | os.PathLike[str] | None = None
 ) -> tuple[Callable[[], Any] | None, tuple[float, float] | None]:
     """``make_env`` and ``score`` of a data set; arguments and errors as ``load``'s."""
-    found = _open(dataset, dataset_dir)
-    return _make_env(found), _score(found)
+    stored = _open(dataset, dataset_dir)
+    return _make_env(stored), _score(stored)
 
 
 def _open(dataset: Any, dataset_dir: str | os.PathLike[str] | None) -> Any:
@@ -156,13 +156,13 @@ def _download(minari: Any, dataset: str, path: Path) -> None:
         ) from error
 
 
-def _episodes(found: Any) -> Iterator[Any]:
+def _episodes(stored: Any) -> Iterator[Any]:
     """The episodes of a data set; a ``ValueError`` names the one that its file has no more, or not whole."""
-    episodes = iter(found.iterate_episodes())
-    for number in found.episode_indices:
+    episodes = iter(stored.iterate_episodes())
+    for number in stored.episode_indices:
         with (
-            named(f"{found.spec.dataset_id}, episode {number}"),
-            reading(found.storage.data_path, advice=": delete it, and get it again"),
+            named(f"{stored.spec.dataset_id}, episode {number}"),
+            reading(stored.storage.data_path, advice=": delete it, and get it again"),
         ):
             episode = next(episodes)
         yield episode
@@ -201,8 +201,8 @@ def _flat(space: Any, observations: Any) -> np.ndarray:
     return np.concatenate([_flat(spaces[key], observations[key]) for key in keys], axis=1)
 
 
-def _make_env(found: Any) -> Callable[[], Any] | None:
-    if found.env_spec is None:
+def _make_env(stored: Any) -> Callable[[], Any] | None:
+    if stored.env_spec is None:
         return None
 
     def make() -> Any:
@@ -211,7 +211,7 @@ def _make_env(found: Any) -> Callable[[], Any] | None:
         with warnings.catch_warnings():
             # That there is a newer version than the data's, and what Minari was installed with.
             warnings.simplefilter("ignore")
-            environment = found.recover_environment(eval_env=True)
+            environment = stored.recover_environment(eval_env=True)
         if isinstance(environment.observation_space, (gymnasium.spaces.Dict, gymnasium.spaces.Tuple)):
             environment = gymnasium.wrappers.FlattenObservation(environment)
         return environment
@@ -219,6 +219,6 @@ def _make_env(found: Any) -> Callable[[], Any] | None:
     return make
 
 
-def _score(found: Any) -> tuple[float, float] | None:
-    low, high = (found.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
+def _score(stored: Any) -> tuple[float, float] | None:
+    low, high = (stored.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
     return None if low is None or high is None else (float(low), float(high))

@@ -159,11 +159,11 @@ def evaluate(
 
 def means(results: Sequence[EvaluationResult]) -> dict[str, float]:
     """Mean return, success and normalised return by label, such as "return/L=3", as far as the results have them."""
-    found: dict[str, float] = {}
+    record: dict[str, float] = {}
     for result in results:
         kinds = {"return": result.return_mean, "success": result.success_mean, "normalized": result.normalized_mean}
-        found |= {f"{kind}/{result.label}": mean for kind, mean in kinds.items() if mean is not None}
-    return found
+        record |= {f"{kind}/{result.label}": mean for kind, mean in kinds.items() if mean is not None}
+    return record
 
 
 def check_environment(policy: VGFPolicy, make_env: Callable[[], Any]) -> ActionBounds:

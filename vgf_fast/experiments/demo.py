@@ -58,11 +58,11 @@ class DemoConfig:
 
     def checked(self) -> DemoConfig:
         """This, or ``ValueError`` for a field outside its range."""
-        found: dict[str, Any] = {"seed": integer("seed", self.seed, 0, MAX_SEED)}
+        values: dict[str, Any] = {"seed": integer("seed", self.seed, 0, MAX_SEED)}
         for field in ("episodes", "updates", "eval_episodes", "curve_episodes"):
-            found[field] = integer(field, getattr(self, field), 1)
-        found["flow_steps"] = integers("flow_steps", self.flow_steps, 0, least=1)
-        return dataclasses.replace(self, **found)
+            values[field] = integer(field, getattr(self, field), 1)
+        values["flow_steps"] = integers("flow_steps", self.flow_steps, 0, least=1)
+        return dataclasses.replace(self, **values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,14 +202,14 @@ def run(
         confidence=CONFIDENCE,
     )
     compared, apart = _compare(results)
-    found = DemoResult(mean, low, high, results, curve, apart, compared)
+    outcome = DemoResult(mean, low, high, results, curve, apart, compared)
 
     out.mkdir(parents=True, exist_ok=True)
     learner.policy.save_pretrained(out / "policy")
     plots.learning_curve(out / "learning_curve.png", *_curve_lines(curve), data_return=mean)
     plots.particles(out / "particles.png", picture(learner.policy, dataset, config.seed))
-    write_text(out / "results.json", json.dumps(_record(config, learner, found), indent=2) + "\n")
-    return found
+    write_text(out / "results.json", json.dumps(_record(config, learner, outcome), indent=2) + "\n")
+    return outcome
 
 
 def make_learner(config: DemoConfig, device: str | None = None, backend: Backend = "auto") -> Learner:
@@ -288,18 +288,18 @@ def _curve_lines(curve: Sequence[CurvePoint]) -> tuple[np.ndarray, dict[str, np.
     return updates, {label: np.array(values).T for label, values in lines.items()}
 
 
-def _record(config: DemoConfig, learner: Learner, found: DemoResult) -> dict[str, Any]:
+def _record(config: DemoConfig, learner: Learner, outcome: DemoResult) -> dict[str, Any]:
     return {
         "environment": ENVIRONMENT,
         "demo": dataclasses.asdict(config),
         "policy": learner.policy.config.to_dict(),
         "train": learner.config.to_dict(),
         "confidence": CONFIDENCE,
-        "data": {"return_mean": found.data_mean, "return_low": found.data_low, "return_high": found.data_high},
-        "results": [result.to_dict() for result in found.results],
-        "curve": [{"updates": point.updates, **point.result.to_dict()} for point in found.curve],
-        "apart": found.apart,
-        "compared": list(found.compared),
+        "data": {"return_mean": outcome.data_mean, "return_low": outcome.data_low, "return_high": outcome.data_high},
+        "results": [result.to_dict() for result in outcome.results],
+        "curve": [{"updates": point.updates, **point.result.to_dict()} for point in outcome.curve],
+        "apart": outcome.apart,
+        "compared": list(outcome.compared),
     }
 
 

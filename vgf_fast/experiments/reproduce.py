@@ -54,7 +54,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What came out.
+    """What the runs of all seeds came to.
 
     Attributes:
         metric: what a score is.
@@ -150,8 +150,8 @@ def _reproduce(
                 again = f"the same vgf-fast reproduce --out {shlex.quote(str(out))}"
                 runs.train(folder, run, learner, task.train, task.evaluation, reporter, progress, again)
         del learner
-        found = summarise(out, sections, seeds, paper)
-    return found
+        summary = summarise(out, sections, seeds, paper)
+    return summary
 
 
 def _check_settings(out: Path, sections: Sections) -> None:
@@ -272,10 +272,10 @@ def curve(
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for index, one in enumerate(flow_steps):
-        found: Mapping[int, list[float]] = {step: scores(one, step) for step in steps}
-        shown = [step for step in steps if found[step]]
-        intervals = [bootstrap_interval(found[step], CONFIDENCE, seed=0) for step in shown]
-        means = [float(np.mean(found[step])) for step in shown]
+        by_step: Mapping[int, list[float]] = {step: scores(one, step) for step in steps}
+        shown = [step for step in steps if by_step[step]]
+        intervals = [bootstrap_interval(by_step[step], CONFIDENCE, seed=0) for step in shown]
+        means = [float(np.mean(by_step[step])) for step in shown]
         # Broader the further back: where scores are equal, every line is still seen.
         behind = len(flow_steps) - 1 - index
         style: dict[str, Any] = {

@@ -182,10 +182,10 @@ def check_data(out: Path, dataset: Dataset) -> None:
     """Raise ``ValueError`` when the directory's checkpoint was trained on other transitions, as far as it says."""
     if not (out / CHECKPOINT / LEARNER_FILE).is_file() or not (out / DATA_FILE).is_file():
         return
-    begun, found = checkpoints.read_object(out / DATA_FILE), fingerprint(dataset)
-    different = [name for name in found if begun.get(name) != found[name]]
+    begun, given = checkpoints.read_object(out / DATA_FILE), fingerprint(dataset)
+    different = [name for name in given if begun.get(name) != given[name]]
     if different:
-        told = "; ".join(f"{name} is {found[name]}, was {begun.get(name)}" for name in different[:1])
+        told = "; ".join(f"{name} is {given[name]}, was {begun.get(name)}" for name in different[:1])
         raise ValueError(
             f"the checkpoint in {out} was trained on other transitions ({told}): give it those, or start another run"
         )
@@ -203,9 +203,10 @@ def open_learner(out: Path, sections: Sections, dataset: Dataset, run: RunConfig
     dataset's.
     """
     for name in ("observation_dim", "action_dim"):
-        asked, found = sections["policy"].get(name, getattr(dataset, name)), getattr(dataset, name)
-        if asked != found:
-            raise ValueError(f"policy.{name} is {asked}, but the data of {run.task} have {found}: another preset?")
+        width = getattr(dataset, name)
+        asked = sections["policy"].get(name, width)
+        if asked != width:
+            raise ValueError(f"policy.{name} is {asked}, but the data of {run.task} have {width}: another preset?")
     sizes: dict[str, Any] = {"observation_dim": dataset.observation_dim, "action_dim": dataset.action_dim}
     if dataset.action_bounds is not None and sections["policy"].get("action_low") is None:
         sizes |= {"action_low": dataset.action_bounds.low, "action_high": dataset.action_bounds.high}
@@ -215,9 +216,9 @@ def open_learner(out: Path, sections: Sections, dataset: Dataset, run: RunConfig
         return Learner(VGFPolicy(policy, device=device, backend=run.backend, seed=train.seed), train)
     check_data(out, dataset)
     learner = Learner.resume(out / CHECKPOINT, device=device, backend=run.backend)
-    for section, asked, found in (("policy", policy, learner.policy.config), ("train", train, learner.config)):
+    for section, asked, begun in (("policy", policy, learner.policy.config), ("train", train, learner.config)):
         for field in dataclasses.fields(asked):
-            mine, saved = getattr(asked, field.name), getattr(found, field.name)
+            mine, saved = getattr(asked, field.name), getattr(begun, field.name)
             if mine != saved:
                 raise ValueError(
                     f"{section}.{field.name} is {mine!r}, but the checkpoint in {out} was trained with {saved!r}: "
@@ -284,7 +285,7 @@ class _Logs:
             self._board.close()
 
     def scalars(self, prefix: str, values: Mapping[str, float], step: int) -> None:
-        """To TensorBoard alone."""
+        """Write values to TensorBoard alone."""
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"{prefix}/{name}", value, step)

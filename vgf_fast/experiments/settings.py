@@ -57,16 +57,16 @@ class RunConfig:
 
         From a constructor, tyro would call it wrong usage.
         """
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         lows = {"eval_interval": 0, "steps": 1, "log_interval": 1, "eval_episodes": 1, "eval_num_envs": 1}
         for name, low in {**lows, "checkpoint_interval": 1}.items():
-            found[name] = integer(f"run.{name}", getattr(self, name), low)
-        found["eval_flow_steps"] = integers("run.eval_flow_steps", self.eval_flow_steps, 0)
+            values[name] = integer(f"run.{name}", getattr(self, name), low)
+        values["eval_flow_steps"] = integers("run.eval_flow_steps", self.eval_flow_steps, 0)
         if self.action_low is not None or self.action_high is not None:
             ends = checked_bounds("run", ("action_low", "action_high"), self.action_low, self.action_high)
-            found |= {"action_low": ends[0], "action_high": ends[1]}
+            values |= {"action_low": ends[0], "action_high": ends[1]}
         for name in ("eval_behavior_cloning", "tensorboard"):
-            found[name] = boolean(f"run.{name}", getattr(self, name))
+            values[name] = boolean(f"run.{name}", getattr(self, name))
         choices = {"eval_workers": Workers, "backend": Backend, "data_precision": Precision}
         for name, names in choices.items():
             choice(f"run.{name}", getattr(self, name), get_args(names))
@@ -74,11 +74,11 @@ class RunConfig:
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "task"):
                 raise ValueError(f"run.{name} is {value!r}, expected a text")
-        return dataclasses.replace(self, **found)
+        return dataclasses.replace(self, **values)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """Of known keys, as ``layered`` gives them. Raises ``ValueError`` for a field outside its range."""
+        """Make one of known keys, as ``layered`` gives them. Raises ``ValueError`` for a field outside its range."""
         return cls(**values).checked()
 
 

@@ -228,7 +228,7 @@ class Run:
         self.log_probabilities.update(zip(new, values.tolist(), strict=True))
 
     def perplexity(self, prompt: int, ids: tuple[int, ...]) -> float:
-        """Per token under the reference model, the end included."""
+        """Perplexity per token under the reference model, the end included."""
         return math.exp(-self.log_probabilities[prompt, ids] / (len(ids) + 1))
 
     def feasible(self, index: int, ids: tuple[int, ...]) -> bool:
