@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vgf_fast import reference
 from vgf_fast.common import memory
+from vgf_fast.config import VGFConfig
 from vgf_fast.reference import MLPWeights
 
 
@@ -178,3 +180,33 @@ class GaussianBehavior(StackedMLP):
     def forward(self, observations: Tensor) -> Tensor:
         """Mean before the squash: observations [B, O] -> [B, A]; differentiable."""
         return super().forward(observations).squeeze(0)
+
+
+class Networks(NamedTuple):
+    """A policy's networks."""
+
+    critic: EnsembleMLP
+    target_critic: EnsembleMLP
+    behavior: VelocityField | GaussianBehavior
+    score_field: ScoreField | None
+
+
+def networks_of(config: VGFConfig, generator: torch.Generator) -> Networks:
+    """New networks of a configuration; the target critic is a copy of the critic, without gradients."""
+    sizes = (config.observation_dim, config.action_dim)
+    ensemble = (*sizes, config.hidden_dims, config.members, config.layer_norm, config.activation)
+    critic = EnsembleMLP(*ensemble, generator=generator)
+    # Its own draws are overwritten, and stay: the networks after it keep the numbers that a seed gives them.
+    target_critic = EnsembleMLP(*ensemble, generator=generator)
+    target_critic.load_state_dict(critic.state_dict())
+    target_critic.requires_grad_(False)
+    mlp = (*sizes, config.behavior_hidden_dims, config.behavior_layer_norm, config.activation)
+    behavior: VelocityField | GaussianBehavior
+    if config.behavior == "flow":
+        behavior = VelocityField(*mlp, generator=generator)
+    else:
+        behavior = GaussianBehavior(*mlp, config.gaussian_tanh, generator=generator)
+    field = None
+    if config.amortized:
+        field = ScoreField(*sizes, config.hidden_dims, config.layer_norm, config.activation, generator=generator)
+    return Networks(critic, target_critic, behavior, field)

@@ -27,7 +27,7 @@ from vgf_fast.config import MAX_SEED, Selection, TransportBudget, VGFConfig, cho
 from vgf_fast.functional import Backend
 from vgf_fast.graphs import GraphCache
 from vgf_fast.kernels import ranges
-from vgf_fast.networks import EnsembleMLP, GaussianBehavior, ScoreField, VelocityField
+from vgf_fast.networks import VelocityField, networks_of
 from vgf_fast.reference import FlowResult, MLPWeights
 
 MODEL_FILE = "model.safetensors"
@@ -66,24 +66,8 @@ class VGFPolicy(nn.Module):
         self.cuda_graph = cuda_graph
         self.one_launch = one_launch
         self._graphs = GraphCache("acting")
-        init = torch.Generator("cpu").manual_seed(self.seed)
-        sizes = (config.observation_dim, config.action_dim)
-        critic = (*sizes, config.hidden_dims, config.members, config.layer_norm, config.activation)
-        self.critic = EnsembleMLP(*critic, generator=init)
-        self.target_critic = EnsembleMLP(*critic, generator=init)
-        self.target_critic.load_state_dict(self.critic.state_dict())
-        self.target_critic.requires_grad_(False)
-        behavior = (*sizes, config.behavior_hidden_dims, config.behavior_layer_norm, config.activation)
-        self.behavior: VelocityField | GaussianBehavior
-        if config.behavior == "flow":
-            self.behavior = VelocityField(*behavior, generator=init)
-        else:
-            self.behavior = GaussianBehavior(*behavior, config.gaussian_tanh, generator=init)
-        self.score_field: ScoreField | None = None
-        if config.amortized:
-            self.score_field = ScoreField(
-                *sizes, config.hidden_dims, config.layer_norm, config.activation, generator=init
-            )
+        networks = networks_of(config, torch.Generator("cpu").manual_seed(self.seed))
+        self.critic, self.target_critic, self.behavior, self.score_field = networks
         self._generator: torch.Generator | None = None
         self._generator_state: GeneratorState | None = None  # of the generator that is yet to be made
         if device is not None:
@@ -403,9 +387,7 @@ class VGFPolicy(nn.Module):
 
     def _test_budget(self, flow_steps: int | None) -> TransportBudget:
         budget = self.config.test_budget
-        if flow_steps is None:
-            return budget
-        return TransportBudget(integer("flow_steps", flow_steps, 0), budget.step_size, budget.temperature)
+        return budget if flow_steps is None else dataclasses.replace(budget, steps=integer("flow_steps", flow_steps, 0))
 
     # --- making, saving, loading ------------------------------------------------------------------------------------
 
