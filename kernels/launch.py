@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 MAX_PARTICLES = 128  # of the SVGD kernels, which hold all pairs of particles of one state in registers
-MAX_ACTION_DIM = 64
+MAX_ACTION_DIM = 128
 MAX_WIDTH = 1024  # padded, of the kernels that hold whole rows of a hidden layer in registers
-MAX_ACTING_STATES = 16  # of the kernel of a whole action
 MAX_CANDIDATES = 4096  # particles of one state among which a selection kernel chooses
 MAX_NEAREST = 32  # tokens of a query
 PARTICLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,8 +33,7 @@ def padded(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-@dataclass(frozen=True)
-class SvgdLaunch:
+class SvgdLaunch(NamedTuple):
     """Configuration of the SVGD kernels: one program a state."""
 
     block_n: int  # particles, padded
@@ -59,15 +58,15 @@ class SvgdLaunch:
 _SVGD = {
     4: (8, 4, False, 1),
     8: (8, 4, False, 1),
-    16: (8, 4, False, 1),
+    16: (8, 4, False, 2),
     32: (4, 1, False, 4),
-    64: (4, 1, False, 8),
+    64: (4, 1, False, 16),
     128: (2, 1, True, 8),
 }
 
 
 # Warps have 64 lanes, and rows of a block that are alike in all of them are held in scalar registers, which are few.
-_SVGD_AMD = {**_SVGD, 64: (4, 1, False, 16), 128: (2, 1, True, 4)}
+_SVGD_AMD = {**_SVGD, 128: (2, 1, True, 4)}
 
 
 @functools.cache
@@ -101,92 +100,119 @@ def selection(particles: int) -> SelectionLaunch:
     return SelectionLaunch(min(max(256 // block_n, 1), 32), block_n, 2 if block_n <= 256 else min(block_n // 128, 8))
 
 
-@dataclass(frozen=True)
-class BlockLaunch:
-    """Configuration of the kernels whose programs walk all layers of a perceptron for a block of rows."""
+# --- products and rows of a network ----------------------------------------------------------------------------------
 
-    block_m: int  # rows a program, whole states
-    block_n: int  # columns of a tile of a layer's product
-    block_k: int  # of the sums of the product
-    rows: int  # whole rows normalised at a time
+
+class ProductTile(NamedTuple):
+    """Configuration of a product: the tile of a program, and how it is computed."""
+
+    block_m: int
+    block_n: int
+    block_k: int  # of the sums
     num_warps: int
     num_stages: int
 
-    def options(self) -> dict[str, int]:
-        """Keyword arguments of the launch."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "ROWS": self.rows,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
+
+# Rows of all members from which a tile pays, and the tile for 16-bit weights; wider weights take half the columns of a
+# sum. Two members of the paper's 2,560 rows fill 80 programs of the first, one of them 80 of the second.
+_TILES = ((4096, (256, 128, 64, 8, 3)), (2048, (128, 128, 64, 8, 3)), (0, (64, 64, 64, 4, 3)))
+# Of 64 KiB of shared memory a processor.
+_TILES_AMD = ((2048, (128, 128, 64, 8, 2)), (0, (64, 64, 64, 4, 2)))
+_MIN_ROWS = 16
 
 
 @functools.cache
-def rows_block(particles: int, padded_width: int, dtype: torch.dtype) -> BlockLaunch:
-    """Configuration of a block of whole states of ``particles`` rows, for weights of a padded width and dtype.
-
-    64 rows balance the matrix unit and the port through which a processor reads the weights.
-    """
-    block_m = 64 if particles <= 64 else 128
-    narrow = dtype.itemsize == 2
-    block_n = min((256 if narrow else 128) * 64 // block_m, padded_width)
-    block_k = min(64 if narrow else 32, padded_width)
-    # With bfloat16 a warp a row: its reductions need no other warp.
-    rows = min(block_m, max((4096 if narrow else 8192) // padded_width, 8))
-    return BlockLaunch(block_m, block_n, block_k, rows, 8, 2)
+def product_tile(rows: int, columns: int, members: int, dtype: torch.dtype, amd: bool = False) -> ProductTile:
+    """Configuration of a product of so many rows, columns and members, but for sums shorter than it."""
+    # Narrow results take the smallest tile: more programs.
+    count = rows * members if columns >= 128 else 0
+    tiles = _TILES_AMD if amd else _TILES
+    block_m, block_n, block_k, num_warps, num_stages = next(tile for least, tile in tiles if count >= least)
+    if dtype.itemsize > 2:
+        block_m, block_k = min(block_m, 128), block_k // 2
+    return ProductTile(min(block_m, max(padded(rows), _MIN_ROWS)), block_n, block_k, num_warps, num_stages)
 
 
-@dataclass(frozen=True)
-class ShareLaunch:
-    """Configuration of the kernel that computes the states' share of the first layer."""
+class SmallTile(NamedTuple):
+    """Configuration of a product of few rows."""
 
-    block_m: int  # states
-    block_n: int  # columns
-    block_k: int
+    block_m: int
+    block_n: int
     num_warps: int
 
-    def options(self) -> dict[str, int]:
-        """Keyword arguments of the launch."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "num_warps": self.num_warps,
-        }
+
+MANY_ROWS = 2048  # rows from which a program of the backward pass takes more of them
+FEW_ROWS = 160  # rows up to which a layer is spread over as many programs as there are
+
+
+def small_tile(padded_width: int) -> SmallTile:
+    """Narrow tiles for many programs; a warp sums 16 products at least."""
+    block_m, block_n = (64, padded_width) if interpreted() else (16, 16)
+    return SmallTile(block_m, block_n, min(padded_width // 16, 16 if padded_width > 512 else 8))
+
+
+class EulerTile(NamedTuple):
+    """Configuration of an Euler step."""
+
+    block_m: int
+    block_n: int  # columns of the first layer at a time
+    block_k: int  # of the head's sums
+    columns: int  # of the first layer, a program
+    num_warps: int
+
+
+EULER_BYTES = 32 * 1024  # of a turn of the head's sums
 
 
 @functools.cache
-def state_share(padded_width: int) -> ShareLaunch:
-    """Small tiles: a batch of 256 states and two members of 512 columns fill 128 programs."""
-    return ShareLaunch(32, min(64, padded_width), 64, 4)
+def euler_tile(rows: int, padded_width: int, padded_action: int, dtype: torch.dtype) -> EulerTile:
+    """16 rows a program: 160 programs of the paper's 2,560 rows. Of few rows each takes a part of the first layer."""
+    block_m = 16
+    tile = min(512 // dtype.itemsize, padded_width)
+    largest = EULER_BYTES // ((block_m + padded_action) * dtype.itemsize)
+    block_k = min(padded_width, 1 << (largest.bit_length() - 1))
+    return EulerTile(block_m, tile, block_k, tile if rows <= FEW_ROWS else padded_width, 4)
 
 
-@dataclass(frozen=True)
-class TrainingLaunch(BlockLaunch):
-    """Configuration of the kernel of training."""
+class Layers(NamedTuple):
+    """How a network's layers are computed; for every number of rows by ``layers``, or as a test wants it."""
 
-    gradient_rows: int  # whole rows at a time going backward
+    few: bool  # a layer is spread over as many programs as there are
+    tile: ProductTile | None = None
+    rows: int | None = None  # whole rows a program
 
-    def options(self) -> dict[str, int]:
-        """Keyword arguments of the launch."""
-        return {**super().options(), "GRADIENT_ROWS": self.gradient_rows}
+
+def layers(rows: int) -> Layers:
+    """The configuration for so many rows."""
+    return Layers(rows <= FEW_ROWS)
+
+
+def amd() -> bool:
+    """Whether PyTorch is one for AMD's GPUs."""
+    return torch.version.hip is not None
+
+
+def rows_block(padded_width: int, many: bool = False) -> int:
+    """Whole rows a program of one warp: so many that a row tile takes 32 registers a thread, or 64 of ``many`` rows."""
+    # The interpreter's time is that of its programs.
+    return max((32 * 1024 if interpreted() else 2048 if many else 1024) // padded_width, 1)
 
 
 @functools.cache
-def training_block(padded_width: int, dtype: torch.dtype, forward: bool = True, amd: bool = False) -> TrainingLaunch:
-    """Configuration of a launch of training, with a forward pass or not, for weights of a padded width and dtype.
+def programmatic(device: torch.device) -> bool:
+    """Whether a kernel can be launched before the one ahead of it has ended: on NVIDIA GPUs from sm_90 on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
-    32 rows, so that a batch of 256 and two members give 16 programs: fewer rows read the weights more often.
-    """
-    narrow = dtype.itemsize == 2
-    block_n = min(256 if narrow else 64 if amd else 128, padded_width)
-    block_k = min(64 if narrow else 32, padded_width)
-    # A launch that goes backward alone may be one for the inputs' gradients, which takes more registers.
-    gradient_rows = min(32, (4096 if forward and not amd else 2048) // padded_width)
-    return TrainingLaunch(32, block_n, block_k, min(32, 8192 // padded_width), 8, 2 if amd else 3, gradient_rows)
+
+def options(num_warps: int, num_stages: int, pdl: bool = False) -> dict[str, int | bool]:
+    """Keyword arguments of a launch."""
+    chosen: dict[str, int | bool] = {"num_warps": num_warps, "num_stages": num_stages}
+    return {**chosen, "launch_pdl": True} if pdl else chosen
+
+
+def share_tile(padded_width: int) -> tuple[int, int, int]:
+    """States, columns and terms of a sum: small tiles, of which 256 states and two members of 512 columns take 128."""
+    return 32, min(64, padded_width), 64
 
 
 @dataclass(frozen=True)
@@ -214,114 +240,12 @@ GRADIENT_TILE = 64  # columns that the kernel of weight gradients may read past 
 
 
 @functools.cache
-def weight_gradient(dtype: torch.dtype, rows: int) -> GradientLaunch:
-    """Configuration for layers' inputs of a dtype in blocks of ``rows`` rows.
+def weight_gradient(dtype: torch.dtype) -> GradientLaunch:
+    """Configuration for layers' inputs of a dtype; the rows of a batch are padded to whole ``block_k``.
 
     Eight entries a thread: Adam's tensors take two 64-bit addresses and a value for each of them.
     """
-    return GradientLaunch(32, GRADIENT_TILE, min(64 if dtype.itemsize == 2 else 32, rows), 8, 4)
-
-
-@dataclass(frozen=True)
-class ActingLaunch:
-    """Configuration of the kernel that computes a whole action: its work items are tiles of a layer."""
-
-    programs: int  # at most one a processor, for they wait for one another
-    block_m: int  # rows of an item
-    velocity_tile: int  # columns of an item
-    critic_tile: int
-    num_warps: int  # each takes a part of a product's sum
-
-    def particle_options(self, particles: int) -> dict[str, int]:
-        """Keyword arguments of the launch that are the particle step's."""
-        step = svgd(particles)
-        # More columns at a time would take registers from the layers.
-        return {
-            "BLOCK_N": step.block_n,
-            "BLOCK_C": min(step.block_c, 4),
-            "UNROLL": step.unroll,
-            "PAIRED": step.paired,
-        }
-
-    def entries(self) -> list[int]:
-        """The numbers in their order."""
-        return list(astuple(self))
-
-
-@functools.cache
-def acting(
-    rows: int,
-    members: int,
-    velocity_width: int,
-    critic_width: int,
-    dtype: torch.dtype,
-    particles: int,
-    processors: int,
-) -> ActingLaunch:
-    """Configuration for so many rows and padded widths on a device with ``processors`` processors.
-
-    Tiles are as narrow as the processors are many, for every item reads whole rows of what is before it.
-    """
-    block_m = 16
-    blocks = -(-rows // block_m)
-
-    def tile(width: int, copies: int) -> int:
-        # A tile of weights waits in registers for the barrier: 32 columns of 512 rows in 16 bits are most that fit.
-        widest = max(min(32, width, 32 * 1024 // (width * dtype.itemsize)), 16)
-        return 16 if copies * blocks * (width // 16) <= processors else widest
-
-    velocity_tile, critic_tile = tile(velocity_width, 1), tile(critic_width, members)
-    items = blocks * max(velocity_width // velocity_tile, members * (critic_width // critic_tile))
-    widest = max(velocity_width, critic_width)
-    # A warp sums 16 products at least; the step of many particles takes more warps than a narrow layer.
-    num_warps = max(min(widest // 16, 16 if widest > 512 else 8), svgd(particles).num_warps)
-    return ActingLaunch(min(processors, items), block_m, velocity_tile, critic_tile, num_warps)
-
-
-# Shared memory of the smallest architecture of each kind: sm_80 and gfx942.
-ACTING_SHARED_BYTES, ACTING_SHARED_BYTES_AMD = 163 * 1024, 64 * 1024
-
-
-def acting_fits(width: int, action_dim: int, dtype: torch.dtype, amd: bool = False) -> bool:
-    """Whether the kernel of a whole action has room for what it holds of layers of a padded width.
-
-    It is a layer's weights of all action entries and, but for AMD, a block of 16 rows in float32 beside them.
-    """
-    column_bytes = max(padded(action_dim), 16) * dtype.itemsize + (0 if amd else 16 * 4)
-    return width * column_bytes <= (ACTING_SHARED_BYTES_AMD if amd else ACTING_SHARED_BYTES)
-
-
-# Estimates for an H200, to be measured: a phase of the kernel of a whole action with its barrier, and how fast one
-# processor reads weights.
-PHASE_US = 2.2
-PORT_BYTES_PER_US = 110e3
-
-
-def acts_in_one_launch(
-    batch: int,
-    particles: int,
-    members: int,
-    velocity_width: int,
-    critic_width: int,
-    dtype: torch.dtype,
-    processors: int,
-    action_dim: int,
-    amd: bool = False,
-) -> bool:
-    """Whether to spread the layers of a whole action over all processors, rather than walk them in blocks of rows.
-
-    It is where the weights fit, and where a layer takes a program by itself, which reads all its weights, longer than
-    the phase that all programs make of it, in as many rounds as they need for its tiles.
-    """
-    rows = batch * particles
-    if not 1 <= batch <= MAX_ACTING_STATES or particles > MAX_PARTICLES:
-        return False
-    if not acting_fits(max(velocity_width, critic_width), action_dim, dtype, amd):
-        return False
-    config = acting(rows, members, velocity_width, critic_width, dtype, particles, processors)
-    items = -(-rows // config.block_m) * members * (critic_width // config.critic_tile)
-    rounds = -(-items // config.programs)
-    return rounds * PHASE_US * PORT_BYTES_PER_US < critic_width**2 * dtype.itemsize and config.programs > 1
+    return GradientLaunch(32, GRADIENT_TILE, 64 if dtype.itemsize == 2 else 32, 8, 4)
 
 
 @functools.cache
@@ -414,12 +338,7 @@ class MergeLaunch:
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of the launch."""
-        return {
-            "WIDTH": self.width,
-            "BLOCK_L": self.block_l,
-            "BLOCK_D": self.block_d,
-            "num_warps": self.num_warps,
-        }
+        return {"WIDTH": self.width, "BLOCK_L": self.block_l, "BLOCK_D": self.block_d, "num_warps": self.num_warps}
 
 
 @functools.cache

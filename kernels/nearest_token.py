@@ -21,6 +21,8 @@ number, or -inf, is never chosen: where fewer than k tokens are left, the last p
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -83,22 +85,38 @@ def squared_norms_kernel(
     tl.store(out_ptr + offs_n, tl.sum(total, axis=1), mask=offs_n < N)
 
 
+class Inputs(NamedTuple):
+    """What the lists are made of; ``None`` for what there is not."""
+
+    query: Any  # [R, D], any strides
+    table: Any  # [V, D], any strides
+    bias: Any  # [V] float32, contiguous, added to the products; -inf where a token is forbidden
+    norm: Any  # [V] float32, contiguous, by which sums are divided
+    query_norm: Any  # [R] float32, contiguous, by which sums would be divided if it changed their order
+    prior: Any  # [R, V], any strides
+
+
+class Lists(NamedTuple):
+    """A row's lists of tokens, one after another."""
+
+    scores: Any  # [R, LISTED] float32, contiguous
+    tokens: Any  # [R, LISTED] int32, contiguous
+
+
+class Strides(NamedTuple):
+    """From row to row and from column to column."""
+
+    query: tuple[int, ...]
+    table: tuple[int, ...]
+    prior: tuple[int, ...]
+
+
 @triton.jit(do_not_specialize=["R", "V", "TOKENS"])
 def nearest_lists_kernel(
-    query_ptr: tl.tensor,  # [R, D], any strides
-    table_ptr: tl.tensor,  # [V, D], any strides
-    bias_ptr: tl.tensor,  # [V] float32, contiguous, added to the products; -inf where a token is forbidden
-    norm_ptr: tl.tensor,  # [V] float32, contiguous, by which sums are divided, or None
-    query_norm_ptr: tl.tensor,  # [R] float32, contiguous, by which sums would be divided if it changed their order
-    prior_ptr: tl.tensor,  # [R, V], any strides, or None
+    inputs: Inputs,
     scores_ptr: tl.tensor,  # [R, splits, WIDTH] float32, contiguous, written
     tokens_ptr: tl.tensor,  # [R, splits, WIDTH] int32, contiguous, written; no token where >= V
-    stride_qr: tl.tensor,
-    stride_qd: tl.tensor,
-    stride_tv: tl.tensor,
-    stride_td: tl.tensor,
-    stride_pr: tl.tensor,
-    stride_pv: tl.tensor,
+    strides: Strides,
     R: tl.tensor,
     V: tl.tensor,
     D: tl.tensor,
@@ -115,19 +133,22 @@ def nearest_lists_kernel(
 
     Programs that run side by side are of the same part, so that they find the tiles of the table in the L2 cache.
     """
+    query_ptr = inputs.query
+    table_ptr = inputs.table
+    prior_ptr = inputs.prior
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Padding reads the last row again, and is not stored.
     row = tl.minimum(offs_m, R - 1).to(tl.int64)
     # Offsets within a tile are of 32 bits: wider ones take the registers of the product.
-    query_ptr += tl.program_id(0).to(tl.int64) * BLOCK_M * stride_qr
+    query_ptr += tl.program_id(0).to(tl.int64) * BLOCK_M * strides.query[0]
     row_offs = tl.minimum(tl.arange(0, BLOCK_M), R - 1 - tl.program_id(0) * BLOCK_M)[:, None]
-    query_offs = row_offs * stride_qr
+    query_offs = row_offs * strides.query[0]
     part = tl.program_id(1)
     first = part * TOKENS
     end = tl.minimum(first + TOKENS, V)
-    table_ptr += first.to(tl.int64) * stride_tv
+    table_ptr += first.to(tl.int64) * strides.table[0]
     if prior_ptr is not None:
-        prior_ptr += tl.program_id(0).to(tl.int64) * BLOCK_M * stride_pr + first.to(tl.int64) * stride_pv
+        prior_ptr += tl.program_id(0).to(tl.int64) * BLOCK_M * strides.prior[0] + first.to(tl.int64) * strides.prior[1]
     columns = tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     places = tl.arange(0, WIDTH)
@@ -135,35 +156,39 @@ def nearest_lists_kernel(
     best_token = tl.zeros([BLOCK_M, WIDTH], tl.int32) + (places ^ INT32_MAX)[None, :]
     worst = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for start in range(first, end, BLOCK_N):
-        token_offs = tl.minimum(columns, V - 1 - start)[None, :] * stride_tv
+        token_offs = tl.minimum(columns, V - 1 - start)[None, :] * strides.table[0]
         query_ptrs = query_ptr
         table_ptrs = table_ptr
         offs_n = start + columns
         in_n = offs_n < end
         # What is added is there before the product: after it there are no registers left for it.
         score = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        score += tl.load(bias_ptr + offs_n, mask=in_n, other=float("-inf"))[None, :]
+        score += tl.load(inputs.bias + offs_n, mask=in_n, other=float("-inf"))[None, :]
         if prior_ptr is not None:
-            prior_offs = row_offs * stride_pr + tl.minimum(columns, V - 1 - start)[None, :] * stride_pv
+            prior_offs = row_offs * strides.prior[0] + tl.minimum(columns, V - 1 - start)[None, :] * strides.prior[1]
             prior = tl.load(prior_ptr + prior_offs).to(tl.float32)
             if HALVED:
                 prior *= 0.5
-            if norm_ptr is not None:
-                prior *= tl.load(norm_ptr + offs_n, mask=in_n, other=1.0)[None, :]
-                prior *= tl.load(query_norm_ptr + row)[:, None]
+            if inputs.norm is not None:
+                prior *= tl.load(inputs.norm + offs_n, mask=in_n, other=1.0)[None, :]
+                prior *= tl.load(inputs.query_norm + row)[:, None]
             score += prior
-            prior_ptr += BLOCK_N * stride_pv
+            prior_ptr += BLOCK_N * strides.prior[1]
         for k in range(0, D, BLOCK_K):
             in_k = offs_k < D - k
-            query = tl.load(query_ptrs + (query_offs + offs_k[None, :] * stride_qd), mask=in_k[None, :], other=0.0)
-            table = tl.load(table_ptrs + (token_offs + offs_k[:, None] * stride_td), mask=in_k[:, None], other=0.0)
-            query_ptrs += BLOCK_K * stride_qd
-            table_ptrs += BLOCK_K * stride_td
+            query = tl.load(
+                query_ptrs + (query_offs + offs_k[None, :] * strides.query[1]), mask=in_k[None, :], other=0.0
+            )
+            table = tl.load(
+                table_ptrs + (token_offs + offs_k[:, None] * strides.table[1]), mask=in_k[:, None], other=0.0
+            )
+            query_ptrs += BLOCK_K * strides.query[1]
+            table_ptrs += BLOCK_K * strides.table[1]
             if MIXED:
                 query, table = query.to(tl.float32), table.to(tl.float32)
             score = tl.dot(query, table, score, input_precision=PRECISION)
-        if norm_ptr is not None:
-            score = tl.fdiv(score, tl.load(norm_ptr + offs_n, mask=in_n, other=1.0)[None, :])
+        if inputs.norm is not None:
+            score = tl.fdiv(score, tl.load(inputs.norm + offs_n, mask=in_n, other=1.0)[None, :])
         score = tl.where(score == score, score, float("-inf"))
         top = tl.max(score, axis=1)
         # Late tiles change few rows' lists, mostly by one token.
@@ -177,7 +202,7 @@ def nearest_lists_kernel(
             worst = tl.min(best, axis=1)
             score = tl.where(columns[None, :] == place[:, None], float("-inf"), score)
             top = tl.max(score, axis=1)
-        table_ptr += BLOCK_N * stride_tv
+        table_ptr += BLOCK_N * strides.table[0]
     offs = (offs_m.to(tl.int64) * tl.num_programs(1) + part)[:, None] * WIDTH + places[None, :]
     in_m = (offs_m < R)[:, None]
     tl.store(scores_ptr + offs, best, mask=in_m)
@@ -189,16 +214,10 @@ def nearest_merge_kernel(
     query_ptr: tl.tensor,  # [R, D], any strides
     table_ptr: tl.tensor,  # [V, D], any strides
     prior_ptr: tl.tensor,  # [R, V], any strides, or None
-    listed_scores_ptr: tl.tensor,  # [R, LISTED] float32, contiguous
-    listed_tokens_ptr: tl.tensor,  # [R, LISTED] int32, contiguous
+    lists: Lists,
     scores_ptr: tl.tensor,  # [R, K] float32, contiguous, written
     tokens_ptr: tl.tensor,  # [R, K] int64, contiguous, written
-    stride_qr: tl.tensor,
-    stride_qd: tl.tensor,
-    stride_tv: tl.tensor,
-    stride_td: tl.tensor,
-    stride_pr: tl.tensor,
-    stride_pv: tl.tensor,
+    strides: Strides,
     V: tl.tensor,
     D: tl.tensor,
     LISTED: tl.tensor,
@@ -212,15 +231,15 @@ def nearest_merge_kernel(
     row = tl.program_id(0).to(tl.int64)
     offs_l = tl.arange(0, BLOCK_L)
     in_l = offs_l < LISTED
-    listed = tl.load(listed_scores_ptr + row * LISTED + offs_l, mask=in_l, other=float("-inf"))
-    token = tl.load(listed_tokens_ptr + row * LISTED + offs_l, mask=in_l, other=INT32_MAX)
+    listed = tl.load(lists.scores + row * LISTED + offs_l, mask=in_l, other=float("-inf"))
+    token = tl.load(lists.tokens + row * LISTED + offs_l, mask=in_l, other=INT32_MAX)
     is_token = token < V
     keys = tl.where(is_token, packed_order(listed, token), INT64_MIN)
     keys = largest(keys, WIDTH)
     is_token = keys > INT64_MIN
     token = tl.where(is_token, (keys & INT32_MAX).to(tl.int32) ^ INT32_MAX, 0)
-    query_row = query_ptr + row * stride_qr
-    token_rows = table_ptr + token.to(tl.int64)[:, None] * stride_tv
+    query_row = query_ptr + row * strides.query[0]
+    token_rows = table_ptr + token.to(tl.int64)[:, None] * strides.table[0]
     total = tl.zeros([WIDTH, BLOCK_D], tl.float32)
     if METRIC == "cosine":
         table_square = tl.zeros([WIDTH, BLOCK_D], tl.float32)
@@ -228,8 +247,8 @@ def nearest_merge_kernel(
     for first in range(0, D, BLOCK_D):
         offs_d = first + tl.arange(0, BLOCK_D)
         in_d = offs_d < D
-        query = tl.load(query_row + offs_d * stride_qd, mask=in_d, other=0.0).to(tl.float32)
-        table = tl.load(token_rows + offs_d[None, :] * stride_td, mask=in_d[None, :], other=0.0).to(tl.float32)
+        query = tl.load(query_row + offs_d * strides.query[1], mask=in_d, other=0.0).to(tl.float32)
+        table = tl.load(token_rows + offs_d[None, :] * strides.table[1], mask=in_d[None, :], other=0.0).to(tl.float32)
         if METRIC == "l2":
             difference = query[None, :] - table
             total -= difference * difference
@@ -244,7 +263,7 @@ def nearest_merge_kernel(
         query_norm = tl.maximum(tl.sqrt_rn(tl.sum(query_square, axis=0)), NORM_MIN)
         score = tl.div_rn(tl.div_rn(score, table_norm), query_norm)
     if prior_ptr is not None:
-        score += tl.load(prior_ptr + row * stride_pr + token.to(tl.int64) * stride_pv).to(tl.float32)
+        score += tl.load(prior_ptr + row * strides.prior[0] + token.to(tl.int64) * strides.prior[1]).to(tl.float32)
     is_token = is_token & (score > float("-inf"))
     places = tl.arange(0, WIDTH)
     # Places that no token fills come last, each with a key of its own.
@@ -323,21 +342,12 @@ def _nearest_token(
     config = launch.nearest_token(rows, vocabulary, k, dtype, processors, widest, torch.version.hip is not None)
     splits = triton.cdiv(vocabulary, config.tokens)
     shape = (rows, splits, config.width)
-    listed_scores = torch.empty(shape, dtype=torch.float32, device=queries.device)
-    listed_tokens = torch.empty(shape, dtype=torch.int32, device=queries.device)
+    lists = Lists(*(torch.empty(shape, dtype=kind, device=queries.device) for kind in (torch.float32, torch.int32)))
     with launch.on_device(queries):
         nearest_lists_kernel[(triton.cdiv(rows, config.block_m), splits)](
-            queries,
-            table,
-            bias,
-            norm,
-            query_norm,
-            prior,
-            listed_scores,
-            listed_tokens,
-            *queries.stride(),
-            *table.stride(),
-            *prior_stride,
+            Inputs(queries, table, bias, norm, query_norm, prior),
+            *lists,
+            Strides(queries.stride(), table.stride(), prior_stride),
             R=rows,
             V=vocabulary,
             D=width,
@@ -355,13 +365,10 @@ def _nearest_token(
             queries,
             table,
             prior,
-            listed_scores,
-            listed_tokens,
+            lists,
             scores,
             tokens,
-            *queries.stride(),
-            *table.stride(),
-            *prior_stride,
+            Strides(queries.stride(), table.stride(), prior_stride),
             V=vocabulary,
             D=width,
             LISTED=splits * config.width,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,11 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tables
+from .arguments import tensor_of
+from .constants import ADAM_EPS, BETA1, BETA2, LOG2_BETA1, LOG2_BETA2
+from .formulas import adam
 from .packing import MIN_DOT, Layout
+from .product import release, wait
 
 COLUMNS = tl.constexpr(14)  # of the table, in the order in which the kernel reads them
-BETA1, BETA2, EPS = tl.constexpr(0.9), tl.constexpr(0.999), tl.constexpr(1e-8)
-LOG2_BETA1, LOG2_BETA2 = tl.constexpr(-0.15200309344504997), tl.constexpr(-0.0014434168696687186)
 
 
 @triton.jit
@@ -51,40 +53,64 @@ def reduce_losses(
         loss += tl.load(losses_ptr + offs * 4, mask=in_range, other=0.0)
         output += tl.load(losses_ptr + offs * 4 + 1, mask=is_first, other=0.0)
         target += tl.load(losses_ptr + offs * 4 + 2, mask=is_first, other=0.0)
-    count = (batch * outputs).to(tl.float32)
+    count = (tensor_of(batch) * outputs).to(tl.float32)
     tl.store(metrics_ptr, tl.div_rn(tl.sum(loss, axis=0), count))
     tl.store(metrics_ptr + 1, tl.div_rn(tl.sum(output, axis=0), count))
     tl.store(metrics_ptr + 2, tl.div_rn(tl.sum(target, axis=0), count))
 
 
-@triton.jit(do_not_specialize=["tiles", "padded_rows", "blocks", "members", "batch", "outputs"])
+class Buffers(NamedTuple):
+    """What a launch reads and writes besides what its table lists."""
+
+    left: Any  # the layers' inputs, in the dtype of the packed weights
+    right: Any  # the gradients dz, same dtype
+    sums: Any  # the blocks' shares of the vectors' gradients, float32
+    gradients: Any  # all gradients, float32, written; None with Adam
+    losses: Any  # [blocks, members, 4] float32, sums of loss, output and target of a block; None without Adam
+    metrics: Any  # [3] float32, written by the last program: loss, mean output of member 0, mean target; likewise
+
+
+class Counts(NamedTuple):
+    """Sizes of a launch."""
+
+    tiles: int
+    padded_rows: int  # of left and right, a multiple of BLOCK_K
+    blocks: int
+    members: int
+    batch: int
+    outputs: int  # of one member a row
+
+
+class Rates(NamedTuple):
+    """Of Adam and of the Polyak average."""
+
+    learning_rate: float
+    tau: float
+
+
+@triton.jit
 def weight_gradient_kernel(
     table_ptr: tl.tensor,  # [tiles, COLUMNS] int64
-    left_ptr: tl.tensor,  # buffer of the layers' inputs, in the dtype of the packed weights
-    right_ptr: tl.tensor,  # buffer of the gradients dz, same dtype
-    sums_ptr: tl.tensor,  # buffer of the blocks' shares of the vectors' gradients, float32
-    gradient_ptr: tl.tensor,  # buffer of all gradients, float32, written; unused by ADAM
-    losses_ptr: tl.tensor,  # [blocks, members, 4] float32, sums of loss, output and target of a block
-    metrics_ptr: tl.tensor,  # [3] float32, written by the last program: loss, mean output of member 0, mean target
-    tiles: tl.tensor,
-    padded_rows: tl.tensor,  # of left and right, a multiple of BLOCK_K
-    blocks: tl.tensor,
-    members: tl.tensor,
-    batch: tl.tensor,
-    outputs: tl.tensor,  # of one member a row
-    learning_rate: tl.tensor,
-    tau: tl.tensor,
+    buffers: Buffers,
+    counts: Counts,
+    rates: Rates,
     ADAM: tl.constexpr,
     POLYAK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
-    """Tile ``program_id(0)``; program ``tiles``, if there is one, sums the losses."""
+    """Tile ``program_id(0)``; program ``counts.tiles``, if there is one, sums the losses."""
     tile = tl.program_id(0)
-    if tile == tiles:
-        reduce_losses(losses_ptr, metrics_ptr, blocks, members, batch, outputs, BLOCK_M)
+    wait(PDL)
+    release(PDL)
+    if tile == counts.tiles:
+        if ADAM:
+            reduce_losses(
+                buffers.losses, buffers.metrics, counts.blocks, counts.members, counts.batch, counts.outputs, BLOCK_M
+            )
         return
     row_ptr = table_ptr + tile * COLUMNS
     is_vector = tl.load(row_ptr)
@@ -100,20 +126,20 @@ def weight_gradient_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     if is_vector != 0:
         share = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for first in range(0, blocks, BLOCK_M):
+        for first in range(0, counts.blocks, BLOCK_M):
             offs_b = first + offs_m
-            share_ptrs = sums_ptr + right + offs_b.to(tl.int64)[:, None] * stride_right + offs_n[None, :]
-            share += tl.load(share_ptrs, mask=(offs_b < blocks)[:, None], other=0.0)
+            share_ptrs = buffers.sums + right + offs_b.to(tl.int64)[:, None] * stride_right + offs_n[None, :]
+            share += tl.load(share_ptrs, mask=(offs_b < counts.blocks)[:, None], other=0.0)
         grad = tl.broadcast_to(tl.sum(share, axis=0)[None, :], [BLOCK_M, BLOCK_N])
     else:
         # Everything that is read lies at multiples of 16 entries, and past a layer's width only fills unused columns.
         step_left = tl.multiple_of(stride_left, 16)
         step_right = tl.multiple_of(stride_right.to(tl.int32), 16)
         offs_k = tl.arange(0, BLOCK_K)
-        left_ptrs = left_ptr + tl.multiple_of(left, 16) + (offs_k[:, None] * step_left + offs_m[None, :])
-        right_ptrs = right_ptr + tl.multiple_of(right, 16) + (offs_k[:, None] * step_right + offs_n[None, :])
+        left_ptrs = buffers.left + tl.multiple_of(left, 16) + (offs_k[:, None] * step_left + offs_m[None, :])
+        right_ptrs = buffers.right + tl.multiple_of(right, 16) + (offs_k[:, None] * step_right + offs_n[None, :])
         grad = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for _ in range(0, padded_rows, BLOCK_K):
+        for _ in range(0, counts.padded_rows, BLOCK_K):
             h = tl.load(left_ptrs)  # [BLOCK_K, BLOCK_M]
             grad = tl.dot(tl.trans(h), tl.load(right_ptrs), grad, input_precision=PRECISION)
             left_ptrs += BLOCK_K * step_left
@@ -131,17 +157,15 @@ def weight_gradient_kernel(
         if POLYAK:
             target_ptrs = tl.load(row_ptr + 13).to(tl.pointer_type(tl.float32)) + place + offs
             target = tl.load(target_ptrs, mask=in_tile, other=0.0)
-            tl.store(target_ptrs, target + tau * (p - target), mask=in_tile)
+            tl.store(target_ptrs, target + rates.tau * (p - target), mask=in_tile)
         m = tl.load(m_ptrs, mask=in_tile, other=0.0)
         v = tl.load(v_ptrs, mask=in_tile, other=0.0)
-        m += (1.0 - BETA1) * (grad - m)
-        v = BETA2 * v + (1.0 - BETA2) * grad * grad
+        m, v, move = adam(grad, m, v, correction2)
         tl.store(m_ptrs, m, mask=in_tile)
         tl.store(v_ptrs, v, mask=in_tile)
-        scale = tl.div_rn(tl.sqrt_rn(v), tl.sqrt_rn(correction2)) + EPS
-        tl.store(p_ptrs, p - tl.div_rn(learning_rate, correction1) * tl.div_rn(m, scale), mask=in_tile)
+        tl.store(p_ptrs, p - rates.learning_rate / correction1 * move, mask=in_tile)
     else:
-        tl.store(gradient_ptr + place + offs, grad, mask=in_tile)
+        tl.store(buffers.gradients + place + offs, grad, mask=in_tile)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -151,13 +175,13 @@ class Extents(NamedTuple):
     """Where what the backward pass leaves lies in three flat buffers: layers' inputs, gradients dz, blocks' shares."""
 
     layout: Layout
-    blocks: int  # of rows
-    block_m: int  # rows of each
+    padded_rows: int  # BP: rows of a batch padded to what is multiplied at a time
+    block_rows: int  # whose share of a sum over rows is one
 
     @property
-    def padded_rows(self) -> int:
-        """BP."""
-        return self.blocks * self.block_m
+    def blocks(self) -> int:
+        """Of rows."""
+        return -(-self.padded_rows // self.block_rows)
 
     @property
     def input_width(self) -> int:
@@ -176,17 +200,17 @@ class Extents(NamedTuple):
 
     @property
     def hidden_place(self) -> int:
-        """Of h in the buffer of inputs, after x [E, BP, IP]."""
-        return self.layout.members * self.padded_rows * self.input_width
+        """Of h in the buffer of inputs, after x [BP, IP], which all members share."""
+        return self.padded_rows * self.input_width
 
     @property
     def left_size(self) -> int:
-        """Entries of the buffer of x [E, BP, IP] and h [E, D, BP, HP], and what a tile may read past its end."""
+        """Entries of the buffer of x [BP, IP] and h [D, E, BP, HP], and what a tile may read past its end."""
         return self.hidden_place + self.hidden_size + launch.GRADIENT_TILE
 
     @property
     def right_size(self) -> int:
-        """Entries of the buffer of dz [E, D, BP, HP] and dout [E, BP, GO], likewise."""
+        """Entries of the buffer of dz [D, E, BP, HP] and dout [E, BP, GO], likewise."""
         return self.hidden_size + self.layout.members * self.padded_rows * self.output_width + launch.GRADIENT_TILE
 
     @property
@@ -224,14 +248,14 @@ def _regions(extents: Extents) -> list[_Region]:
         if layout.time:
             inputs.append((states + actions, 1, layout.padded_state + layout.padded_action))
         for i in range(depth + 1):
-            right, stride_right = (e * depth + i) * bp * hp, hp
+            right, stride_right = (i * layout.members + e) * bp * hp, hp
             if i == depth:
                 right, stride_right = extents.hidden_size + e * bp * go, go
             first = e * sizes[i] * sizes[i + 1]
             if i == 0:
-                parts = [(first + row * sizes[1], rows, e * bp * ip + column, ip) for row, rows, column in inputs]
+                parts = [(first + row * sizes[1], rows, column, ip) for row, rows, column in inputs]
             else:
-                parts = [(first, sizes[i], extents.hidden_place + (e * depth + i - 1) * bp * hp, hp)]
+                parts = [(first, sizes[i], extents.hidden_place + ((i - 1) * layout.members + e) * bp * hp, hp)]
             regions += [
                 _Region(i, False, rows, sizes[i + 1], place, left, stride_left, right, stride_right)
                 for place, rows, left, stride_left in parts
@@ -301,7 +325,7 @@ def weight_gradients(
     config: launch.GradientLaunch | None = None,
 ) -> Tensor:
     """Gradients of all parameters, one after another in the order of ``Stack.parameters``: float32, one launch."""
-    config = config or launch.weight_gradient(left.dtype, extents.block_m)
+    config = config or launch.weight_gradient(left.dtype)
     sizes = [math.prod(shape) for shape in parameter_shapes(extents.layout)]
     gradients = torch.empty(sum(sizes), dtype=torch.float32, device=left.device)
     starts = [0, *itertools.accumulate(sizes)]
@@ -310,27 +334,19 @@ def weight_gradients(
         left.device,
         lambda: _tiles(extents, config.block_m, config.block_n, [(start, 0, 0, 0, 0, 0) for start in starts]),
     )
+    pdl = launch.programmatic(left.device)
     with launch.on_device(left):
         weight_gradient_kernel[(table.shape[0],)](
             table,
-            left,
-            right,
-            sums,
-            gradients,
-            sums,
-            sums,
-            tiles=table.shape[0],
-            padded_rows=extents.padded_rows,
-            blocks=extents.blocks,
-            members=extents.layout.members,
-            batch=1,
-            outputs=1,
-            learning_rate=0.0,
-            tau=0.0,
+            Buffers(left, right, sums, gradients, None, None),
+            Counts(table.shape[0], extents.padded_rows, extents.blocks, extents.layout.members, 1, 1),
+            Rates(0.0, 0.0),
             ADAM=False,
             POLYAK=False,
             PRECISION=precision or launch.precision(left.dtype),
+            PDL=pdl,
             **config.options(),
+            **({"launch_pdl": True} if pdl else {}),
         )
     return gradients
 
@@ -353,7 +369,7 @@ def adam_state(adam: torch.optim.Adam, parameters: Sequence[Tensor]) -> AdamStat
     group = next(group for group in adam.param_groups if any(p is parameters[0] for p in group["params"]))
     for name, expected in (
         ("betas", (BETA1.value, BETA2.value)),
-        ("eps", EPS.value),
+        ("eps", ADAM_EPS.value),
         ("weight_decay", 0),
         ("amsgrad", False),
         ("maximize", False),
@@ -420,7 +436,7 @@ def adam_step_(
     ``targets`` are moved towards the parameters as they were before the step; empty for none. Returns loss, mean output
     of member 0 and mean target [3] from the blocks' sums [blocks, E, 4].
     """
-    config = config or launch.weight_gradient(left.dtype, extents.block_m)
+    config = config or launch.weight_gradient(left.dtype)
     groups = [state.parameters, state.exp_avgs, state.exp_avg_sqs, state.steps, targets or state.parameters]
     addresses = tuple(tuple(tensor.data_ptr() for tensor in group) for group in groups)
     table = tables.device_table(
@@ -431,26 +447,25 @@ def adam_step_(
         ),
     )
     metrics = torch.empty(3, dtype=torch.float32, device=left.device)
+    pdl = launch.programmatic(left.device)
     with launch.on_device(left):
         weight_gradient_kernel[(table.shape[0] + 1,)](
             table,
-            left,
-            right,
-            sums,
-            sums,
-            losses,
-            metrics,
-            tiles=table.shape[0],
-            padded_rows=extents.padded_rows,
-            blocks=extents.blocks,
-            members=extents.layout.members,
-            batch=batch,
-            outputs=extents.layout.output_dim,
-            learning_rate=state.learning_rate,
-            tau=tau,
+            Buffers(left, right, sums, None, losses, metrics),
+            Counts(
+                table.shape[0],
+                extents.padded_rows,
+                extents.blocks,
+                extents.layout.members,
+                batch,
+                extents.layout.output_dim,
+            ),
+            Rates(state.learning_rate, tau),
             ADAM=True,
             POLYAK=len(targets) > 0,
             PRECISION=precision or launch.precision(left.dtype),
+            PDL=pdl,
             **config.options(),
+            **({"launch_pdl": True} if pdl else {}),
         )
     return metrics

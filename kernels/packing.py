@@ -9,7 +9,6 @@ GPU or in Triton's interpreter, PyTorch's copies for float64 and elsewhere.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -38,12 +37,17 @@ class PackedMLP(NamedTuple):
     head: Tensor  # [E, HP, OP] the last layer; OP is 1 for a critic
     vectors: Tensor  # [E, D, 3, HP] float32: bias, LayerNorm scale, LayerNorm bias
     head_bias: Tensor  # [E, OP] float32
-    widths: Tensor  # [D] int32 on the device
     observation_dim: int  # O
     action_dim: int  # A
     output_dim: int
     layer_norm: bool
     activation: str
+    hidden_dims: tuple[int, ...]  # D widths before padding
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Matrices and vectors."""
+        return self[:7]
 
     @property
     def members(self) -> int:
@@ -179,24 +183,15 @@ def views(
                 head,
                 triples,
                 head_bias,
-                width_table(layout.widths, matrices.device),
                 layout.observation_dim,
                 layout.action_dim,
                 layout.output_dim,
                 layout.layer_norm,
                 activation,
+                layout.widths,
             )
         )
     return tuple(packed)
-
-
-@functools.cache
-def width_table(widths: tuple[int, ...], device: torch.device) -> Tensor:
-    """The hidden widths as an int32 tensor on a device; made once, for a copy from the host cannot be captured.
-
-    Kept for ever: the replays of a captured graph read it, and stacks packed for the same widths share it.
-    """
-    return torch.tensor(widths, dtype=torch.int32, device=device)
 
 
 def pack(
@@ -238,7 +233,8 @@ def pack_many(
         packed = tuple(out)
         _check_out(packed, stacks, layouts, dtype)
     parameters = [parameter for stack in stacks for parameter in stack.parameters]
-    if _kernel_runs(device, dtype) and all(parameter.dtype == torch.float32 for parameter in parameters):
+    source = parameters[0].dtype
+    if _kernel_runs(device, source, dtype) and all(parameter.dtype == source for parameter in parameters):
         from . import packing_kernel
 
         packing_kernel.write(stacks, packed)
@@ -248,11 +244,13 @@ def pack_many(
     return packed
 
 
-def _kernel_runs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton packs: the interpreter truncates to bfloat16 where a GPU rounds."""
-    if dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+def _kernel_runs(device: torch.device, source: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether Triton packs: where it runs, but the interpreter truncates to bfloat16 where a GPU rounds."""
+    narrow = (torch.float32, torch.bfloat16)
+    if source not in narrow or dtype not in narrow or importlib.util.find_spec("triton") is None:
         return False
-    return device.type == "cuda" or (dtype == torch.float32 and device.type == "cpu" and launch.interpreted())
+    exact = dtype in (torch.float32, source)
+    return device.type == "cuda" or (exact and device.type == "cpu" and launch.interpreted())
 
 
 def _check_out(
@@ -272,14 +270,8 @@ def _check_out(
                 launch.check_dtype(f"out's {name}", tensor, (kind,))
                 launch.check_same_device(f"out's {name}", tensor, "the parameters", stack.weights[0].device)
         sizes = (target.observation_dim, target.action_dim, target.output_dim, target.layer_norm, target.activation)
-        expected = (
-            layout.observation_dim,
-            layout.action_dim,
-            layout.output_dim,
-            layout.layer_norm,
-            stack.activation,
-        )
-        if sizes != expected or target.widths is not width_table(layout.widths, stack.weights[0].device):
+        expected = (layout.observation_dim, layout.action_dim, layout.output_dim, layout.layer_norm, stack.activation)
+        if sizes != expected or target.hidden_dims != layout.widths:
             raise ValueError(f"out was packed from other sizes {sizes}, expected {expected} and widths {layout.widths}")
 
 

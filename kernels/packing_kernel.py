@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +19,7 @@ from . import launch, tables
 from .packing import TILE, PackedMLP, Stack
 
 COLUMNS = tl.constexpr(10)  # of the table, in the order in which the kernel reads them
+SOURCES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
@@ -25,11 +27,12 @@ def packing_kernel(
     table_ptr: tl.tensor,  # [tiles, COLUMNS] int64
     matrices_ptr: tl.tensor,  # the first packed matrix; offsets are relative to it
     vectors_ptr: tl.tensor,  # the first packed float32 vectors
+    SOURCE: tl.constexpr,  # dtype of the parameters
     BLOCK: tl.constexpr,
 ) -> None:
     """Copy and convert tile ``program_id(0)``."""
     row_ptr = table_ptr + tl.program_id(0) * COLUMNS
-    source_ptr = tl.load(row_ptr).to(tl.pointer_type(tl.float32))  # the parameter's entry at the tile's first row
+    source_ptr = tl.load(row_ptr).to(tl.pointer_type(SOURCE))  # the parameter's entry at the tile's first row
     stride_row = tl.load(row_ptr + 1)
     stride_column = tl.load(row_ptr + 2)
     rows = tl.load(row_ptr + 3)  # of the parameter from there on
@@ -45,7 +48,7 @@ def packing_kernel(
     column = place % padded_columns
     in_tile = offs < count
     is_real = in_tile & (row < rows) & (column < columns)
-    values = tl.load(source_ptr + (row * stride_row + column * stride_column), mask=is_real, other=0.0)
+    values = tl.load(source_ptr + (row * stride_row + column * stride_column), mask=is_real, other=0.0).to(tl.float32)
     if is_vector != 0:
         tl.store(vectors_ptr + target + offs, values, mask=in_tile)
     else:
@@ -89,7 +92,7 @@ def _tiles(stack: Stack, packed: PackedMLP, matrices: Tensor, vectors: Tensor) -
 
 
 def write(stacks: Sequence[Stack], packed: Sequence[PackedMLP]) -> None:
-    """Pack float32 stacks into ``packed``, of one dtype and device, in one launch."""
+    """Pack stacks of one dtype, float32 or bfloat16, into ``packed``, of one dtype and device, in one launch."""
     matrices, vectors = packed[0].state, packed[0].vectors
     parameters = [parameter for stack in stacks for parameter in stack.parameters]
     targets = [tensor for mlp in packed for tensor in (mlp.state, mlp.action, mlp.hidden, mlp.head)]
@@ -97,9 +100,11 @@ def write(stacks: Sequence[Stack], packed: Sequence[PackedMLP]) -> None:
     for name, tensor in [("out", tensor) for tensor in targets + float32_targets]:
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
+    source = parameters[0].dtype
     key = (
         "packing",
         matrices.dtype,
+        source,
         tuple(stack.layout for stack in stacks),
         tuple((parameter.data_ptr(), parameter.stride()) for parameter in parameters),
         # Tensors without entries have no address.
@@ -114,4 +119,4 @@ def write(stacks: Sequence[Stack], packed: Sequence[PackedMLP]) -> None:
         ],
     )
     with launch.on_device(matrices):
-        packing_kernel[(table.shape[0],)](table, matrices, vectors, BLOCK=TILE, num_warps=4)
+        packing_kernel[(table.shape[0],)](table, matrices, vectors, SOURCES[source], TILE, num_warps=4)

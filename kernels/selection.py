@@ -25,12 +25,7 @@ VALUE_DTYPES = launch.PARTICLE_DTYPES
 
 @triton.jit
 def aggregate_members(
-    q_ptrs: tl.tensor,
-    stride_e: tl.tensor,
-    mask: tl.tensor,
-    E: tl.tensor,
-    MINIMUM: tl.constexpr,
-    CACHE: tl.constexpr,
+    q_ptrs: tl.tensor, stride_e: tl.tensor, mask: tl.tensor, E: tl.tensor, MINIMUM: tl.constexpr, CACHE: tl.constexpr
 ) -> tl.tensor:
     """Minimum or mean of E values each: ``q_ptrs`` to those of the first member, any shape; zero where masked.
 
@@ -114,12 +109,7 @@ def select_kernel(
     uniform_ptr: tl.tensor,  # [B] float32, any stride; unused by "max"
     action_ptr: tl.tensor,  # [B, A] of the particles' dtype, contiguous, written
     index_ptr: tl.tensor,  # [B] int64, contiguous, written
-    stride_xb: tl.tensor,
-    stride_xn: tl.tensor,
-    stride_xa: tl.tensor,
-    stride_qb: tl.tensor,
-    stride_qn: tl.tensor,
-    stride_u: tl.tensor,
+    strides: tl.tuple,  # of the particles, then q, then the uniform numbers
     B: tl.tensor,
     N: tl.tensor,
     A: tl.tensor,
@@ -136,18 +126,20 @@ def select_kernel(
     in_n = (offs_n < N)[None, :]  # [1, BLOCK_N]
     uniform = tl.zeros([BLOCK_B], tl.float32)
     if MODE != "max":
-        uniform = tl.load(uniform_ptr + offs_b * stride_u, mask=in_b, other=0.0)  # [BLOCK_B]
+        uniform = tl.load(uniform_ptr + offs_b * strides[5], mask=in_b, other=0.0)  # [BLOCK_B]
     q = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     if MODE != "random":
-        q_ptrs = q_ptr + (offs_b[:, None] * stride_qb + offs_n.to(tl.int64)[None, :] * stride_qn)  # [BLOCK_B, BLOCK_N]
+        q_ptrs = q_ptr + (
+            offs_b[:, None] * strides[3] + offs_n.to(tl.int64)[None, :] * strides[4]
+        )  # [BLOCK_B, BLOCK_N]
         q = tl.load(q_ptrs, mask=in_b[:, None] & in_n, other=0.0).to(tl.float32)
     index = choose(q, uniform, N, inverse_temperature, MODE, BLOCK_N).to(tl.int64)  # [BLOCK_B]
     tl.store(index_ptr + offs_b, index, mask=in_b)
-    x_rows = x_ptr + (offs_b * stride_xb + index * stride_xn)
+    x_rows = x_ptr + (offs_b * strides[0] + index * strides[1])
     for first in range(0, A, BLOCK_A):
         offs_a = first + tl.arange(0, BLOCK_A).to(tl.int64)
         mask = in_b[:, None] & (offs_a < A)[None, :]
-        action = tl.load(x_rows[:, None] + offs_a[None, :] * stride_xa, mask=mask)  # [BLOCK_B, BLOCK_A]
+        action = tl.load(x_rows[:, None] + offs_a[None, :] * strides[2], mask=mask)  # [BLOCK_B, BLOCK_A]
         tl.store(action_ptr + (offs_b[:, None] * A + offs_a[None, :]), action, mask=mask)
 
 
@@ -157,11 +149,7 @@ def td_target_kernel(
     reward_ptr: tl.tensor,  # [B], any stride
     mask_ptr: tl.tensor,  # [B], any stride: 0 where the episode ended, else 1
     y_ptr: tl.tensor,  # [B] float32, contiguous, written
-    stride_e: tl.tensor,
-    stride_b: tl.tensor,
-    stride_n: tl.tensor,
-    stride_r: tl.tensor,
-    stride_m: tl.tensor,
+    strides: tl.tuple,  # of q, then the rewards, then the masks
     E: tl.tensor,
     B: tl.tensor,
     N: tl.tensor,
@@ -176,11 +164,11 @@ def td_target_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     in_b = offs_b < B
     mask = in_b[:, None] & (offs_n < N)[None, :]
-    q_ptrs = q_ptr + (offs_b[:, None] * stride_b + offs_n.to(tl.int64)[None, :] * stride_n)  # [BLOCK_B, BLOCK_N]
-    q = aggregate_members(q_ptrs, stride_e, mask, E, MINIMUM, "")
+    q_ptrs = q_ptr + (offs_b[:, None] * strides[1] + offs_n.to(tl.int64)[None, :] * strides[2])  # [BLOCK_B, BLOCK_N]
+    q = aggregate_members(q_ptrs, strides[0], mask, E, MINIMUM, "")
     value = reduce_particles(q, N, LARGEST, BLOCK_N)
-    reward = tl.load(reward_ptr + offs_b * stride_r, mask=in_b, other=0.0).to(tl.float32)
-    keep = tl.load(mask_ptr + offs_b * stride_m, mask=in_b, other=0.0).to(tl.float32)
+    reward = tl.load(reward_ptr + offs_b * strides[3], mask=in_b, other=0.0).to(tl.float32)
+    keep = tl.load(mask_ptr + offs_b * strides[4], mask=in_b, other=0.0).to(tl.float32)
     tl.store(y_ptr + offs_b, reward + discount * keep * value, mask=in_b)
 
 
@@ -232,9 +220,7 @@ def _select_particle(
             q if uniform is None else uniform,
             action,
             index,
-            *particles.stride(),
-            *q.stride(),
-            0 if uniform is None else uniform.stride(0),
+            (*particles.stride(), *q.stride(), 0 if uniform is None else uniform.stride(0)),
             B=batch,
             N=n,
             A=width,
@@ -266,9 +252,7 @@ def _td_target(q: Tensor, rewards: Tensor, masks: Tensor, discount: float, aggre
             rewards,
             masks,
             y,
-            *q.stride(),
-            rewards.stride(0),
-            masks.stride(0),
+            (*q.stride(), rewards.stride(0), masks.stride(0)),
             E=members,
             B=batch,
             N=n,

@@ -1,220 +1,170 @@
-"""Stein variational direction and particle step: one launch, one program per state.
+"""Stein variational direction and particle step of given scores: one launch, one program per state.
 
-For the N particles x_i of a state and the score G_j = grad Q(x_j):
-
-    D_ij = |x_i - x_j|^2,  h = max(median of all N * N entries of D / (2 ln(N + 1)), 1e-12),  gamma = 1 / (1e-6 + 2 h)
-    K_ij = exp(-gamma D_ij)
-    phi_i = (1/N) [ (1/temperature) sum_j K_ij G_j + 2 gamma sum_j K_ij (x_i - x_j) + bandwidth term ]
-
-The bandwidth term is what -d/dx_i of sum K(x_i, stop(x_j)) sends through the median: with T = sum_ij K_ij D_ij, the
-middle entry (p, q) of the row-major D in stable order gives particle p alone -2 gamma^2 T / ln(N + 1) (x_p - x_q); if
-N * N is even there are two middle entries with half of it each; nothing where h is at its lower bound.
-
-All arithmetic is float32. Sums over j are taken of differences x_i - x_j, which do not cancel when particles clump.
+The formulas are those at the top of ``formulas``.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 from . import launch
-from .particles import bandwidth_term, direction, rbf_kernel, squared_distances
+from .formulas import (
+    ParticleKernel,
+    bandwidth_term,
+    direction,
+    particle_kernel,
+    particle_optimizer,
+    particle_weights,
+    squared_distances,
+)
 
-BETA1, BETA2, EPS = tl.constexpr(0.9), tl.constexpr(0.999), tl.constexpr(1e-8)
+COUNTED = 16  # particles padded, up to which the median is found by counting, in memory of the program's own
 
 
-# --- device helper ---------------------------------------------------------------------------------------------------
+class Strides(NamedTuple):
+    """From state to state, particle to particle and column to column."""
+
+    x: tuple[int, ...]
+    score: tuple[int, ...]
+    moments: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class Numbers(NamedTuple):
+    """What a step's arithmetic takes besides tensors."""
+
+    log_n1: float  # ln(N + 1)
+    inverse_temperature: float
+    step_size: float  # divided by the first moment's bias correction
+    v_correction: float  # of the second moment: 1 - BETA2^step
+    low: float
+    high: float
+
+
+class Options(NamedTuple):
+    """Constants of the compiled kernel."""
+
+    kernel: ParticleKernel
+    optimizer: JITFunction
+    bandwidth_gradient: tl.constexpr
+    repulsion: tl.constexpr
+
+
+# --- kernel ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def move_state(
-    x_ptr: tl.tensor,  # [N, A] particles of the state, any strides, written
+    x_ptr: tl.tensor,  # [N, A] particles of the state, any strides, written unless there is ``phi_ptr``
     score_ptr: tl.tensor,  # [N, A], any strides
-    m_ptr: tl.tensor,  # [N, A] float32 first moment, any strides, written; unused by ascent
-    v_ptr: tl.tensor,  # [N, A] float32 second moment, any strides, written; unused by ascent
-    stride_xn: tl.tensor,
-    stride_xa: tl.tensor,
-    stride_gn: tl.tensor,
-    stride_ga: tl.tensor,
-    stride_mn: tl.tensor,
-    stride_ma: tl.tensor,
-    stride_vn: tl.tensor,
-    stride_va: tl.tensor,
+    m_ptr: tl.tensor,  # [N, A] float32 first moment, any strides, written; None for an optimiser without
+    v_ptr: tl.tensor,  # [N, A] float32 second moment, likewise
+    phi_ptr: tl.tensor,  # [N, A] float32, contiguous, written; or None
+    scratch_ptr: tl.tensor,  # [BLOCK_N, BLOCK_N] int32 of the program's own; or None
+    strides: Strides,
     N: tl.tensor,
     A: tl.tensor,
-    log_n1: tl.tensor,
-    inverse_temperature: tl.tensor,
-    step_size: tl.tensor,  # divided by the first moment's bias correction if ADAM
-    v_correction: tl.tensor,  # 1 - BETA2^step
-    low: tl.tensor,
-    high: tl.tensor,
-    BANDWIDTH_GRADIENT: tl.constexpr,
-    REPULSION: tl.constexpr,
-    ADAM: tl.constexpr,
+    numbers: Numbers,
+    options: Options,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
     PAIRED: tl.constexpr,
 ) -> None:
-    """Move the particles of one state along phi by one step of Adam or of plain ascent, then clip to [low, high]."""
+    """phi of one state; unless it is asked for, move the particles along it by the optimiser and clip them."""
     offs_n = tl.arange(0, BLOCK_N)
     in_n = offs_n < N
     # Padding reads the last particle or column again: its kernel entries are zero and it is not stored.
     safe_n = tl.minimum(offs_n, N - 1)
-    offs_x = safe_n * stride_xn
-    offs_g = safe_n * stride_gn
-    distances = squared_distances(x_ptr, offs_x, stride_xa, N, A, BLOCK_N, UNROLL, PAIRED)
-    kernel, gamma, slope, row_a, column_a, row_b, column_b = rbf_kernel(
-        distances, N, log_n1, BLOCK_N, BANDWIDTH_GRADIENT
+    offs_x = safe_n * strides.x[1]
+    offs_g = safe_n * strides.score[1]
+    share = 1.0 / N.to(tl.float32)
+    distances = squared_distances(x_ptr, offs_x, strides.x[2], N, A, BLOCK_N, UNROLL, PAIRED)
+    kernel, gamma, factor, row_a, column_a, row_b, column_b = particle_weights(
+        distances, scratch_ptr, N, numbers.log_n1, options.kernel, BLOCK_N, options.bandwidth_gradient
     )
     for first in range(0, A, BLOCK_C):
         offs_c = first + tl.arange(0, BLOCK_C)
         safe_c = tl.minimum(offs_c, A - 1)
         is_real = in_n[:, None] & (offs_c < A)[None, :]
-        x_ptrs = x_ptr + (offs_x[:, None] + safe_c[None, :] * stride_xa)  # [BLOCK_N, BLOCK_C]
+        x_ptrs = x_ptr + (offs_x[:, None] + safe_c[None, :] * strides.x[2])  # [BLOCK_N, BLOCK_C]
         x = tl.load(x_ptrs).to(tl.float32)
-        score = tl.load(score_ptr + (offs_g[:, None] + safe_c[None, :] * stride_ga)).to(tl.float32)
-        phi = direction(kernel, gamma, x, score, inverse_temperature, REPULSION, PAIRED)
-        if BANDWIDTH_GRADIENT:
-            phi += bandwidth_term(x, x_ptr + column_a * stride_xn, safe_c * stride_xa, row_a, slope, BLOCK_N)
-            phi += bandwidth_term(x, x_ptr + column_b * stride_xn, safe_c * stride_xa, row_b, slope, BLOCK_N)
-        phi = tl.div_rn(phi, N.to(tl.float32))
-        if ADAM:
-            m_ptrs = m_ptr + (offs_n[:, None] * stride_mn + offs_c[None, :] * stride_ma)
-            v_ptrs = v_ptr + (offs_n[:, None] * stride_vn + offs_c[None, :] * stride_va)
-            m = BETA1 * tl.load(m_ptrs, mask=is_real, other=0.0) + (1.0 - BETA1) * phi
-            v = BETA2 * tl.load(v_ptrs, mask=is_real, other=0.0) + (1.0 - BETA2) * phi * phi
-            tl.store(m_ptrs, m, mask=is_real)
-            tl.store(v_ptrs, v, mask=is_real)
-            phi = tl.div_rn(m, tl.sqrt_rn(tl.div_rn(v, v_correction)) + EPS)
-        x = tl.clamp(x + step_size * phi, low, high, propagate_nan=tl.PropagateNan.ALL)
-        # Every thread has read these columns of every particle before any is overwritten.
-        tl.debug_barrier()
-        tl.store(x_ptrs, x, mask=is_real)
-
-
-# --- kernels ---------------------------------------------------------------------------------------------------------
+        score = tl.load(score_ptr + (offs_g[:, None] + safe_c[None, :] * strides.score[2])).to(tl.float32)
+        phi = direction(kernel, gamma, x, score, numbers.inverse_temperature, options.kernel, options.repulsion, PAIRED)
+        if options.bandwidth_gradient:
+            offs_b = safe_c * strides.x[2]
+            phi += bandwidth_term(x, x_ptr + column_a * strides.x[1], offs_b, row_a, factor, BLOCK_N)
+            phi += bandwidth_term(x, x_ptr + column_b * strides.x[1], offs_b, row_b, factor, BLOCK_N)
+        phi *= share
+        if phi_ptr is not None:
+            tl.store(phi_ptr + (offs_n[:, None] * A + offs_c[None, :]), phi, mask=is_real)
+        else:
+            m = phi
+            v = phi
+            if m_ptr is not None:
+                m_strides = strides.moments[0]
+                v_strides = strides.moments[1]
+                m_ptrs = m_ptr + (offs_n[:, None] * m_strides[1] + offs_c[None, :] * m_strides[2])
+                v_ptrs = v_ptr + (offs_n[:, None] * v_strides[1] + offs_c[None, :] * v_strides[2])
+                m = tl.load(m_ptrs, mask=is_real, other=0.0)
+                v = tl.load(v_ptrs, mask=is_real, other=0.0)
+            m, v, move = options.optimizer(phi, m, v, numbers.v_correction)
+            if m_ptr is not None:
+                tl.store(m_ptrs, m, mask=is_real)
+                tl.store(v_ptrs, v, mask=is_real)
+            x = tl.clamp(x + numbers.step_size * move, numbers.low, numbers.high, propagate_nan=tl.PropagateNan.ALL)
+            # Every thread has read these columns of every particle before any is overwritten.
+            tl.debug_barrier()
+            tl.store(x_ptrs, x, mask=is_real)
 
 
 @triton.jit(do_not_specialize=["N", "A"])
-def svgd_direction_kernel(
-    x_ptr: tl.tensor,  # [B, N, A] particles, any strides
-    score_ptr: tl.tensor,  # [B, N, A], any strides
-    phi_ptr: tl.tensor,  # [B, N, A] float32, contiguous, written
-    stride_xb: tl.tensor,
-    stride_xn: tl.tensor,
-    stride_xa: tl.tensor,
-    stride_gb: tl.tensor,
-    stride_gn: tl.tensor,
-    stride_ga: tl.tensor,
+def svgd_kernel(
+    x_ptr: tl.tensor,  # [B, N, A]; this and the rest as in ``move_state``, with states first
+    score_ptr: tl.tensor,
+    m_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    phi_ptr: tl.tensor,
+    scratch_ptr: tl.tensor,  # [B, BLOCK_N, BLOCK_N]
+    strides: Strides,
     N: tl.tensor,
     A: tl.tensor,
-    log_n1: tl.tensor,
-    inverse_temperature: tl.tensor,
-    BANDWIDTH_GRADIENT: tl.constexpr,
-    REPULSION: tl.constexpr,
+    numbers: Numbers,
+    chosen: Options,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     UNROLL: tl.constexpr,
     PAIRED: tl.constexpr,
 ) -> None:
-    """phi of the module's docstring for state ``program_id(0)``."""
+    """``move_state`` of state ``program_id(0)``."""
     state = tl.program_id(0).to(tl.int64)
-    x_ptr += state * stride_xb
-    score_ptr += state * stride_gb
-    phi_ptr += state * N * A
-    offs_n = tl.arange(0, BLOCK_N)
-    in_n = offs_n < N
-    # Padding reads the last particle or column again: its kernel entries are zero and it is not stored.
-    safe_n = tl.minimum(offs_n, N - 1)
-    offs_x = safe_n * stride_xn
-    offs_g = safe_n * stride_gn
-    distances = squared_distances(x_ptr, offs_x, stride_xa, N, A, BLOCK_N, UNROLL, PAIRED)
-    kernel, gamma, slope, row_a, column_a, row_b, column_b = rbf_kernel(
-        distances, N, log_n1, BLOCK_N, BANDWIDTH_GRADIENT
-    )
-    for first in range(0, A, BLOCK_C):
-        offs_c = first + tl.arange(0, BLOCK_C)
-        safe_c = tl.minimum(offs_c, A - 1)
-        x = tl.load(x_ptr + (offs_x[:, None] + safe_c[None, :] * stride_xa)).to(tl.float32)  # [BLOCK_N, BLOCK_C]
-        score = tl.load(score_ptr + (offs_g[:, None] + safe_c[None, :] * stride_ga)).to(tl.float32)
-        phi = direction(kernel, gamma, x, score, inverse_temperature, REPULSION, PAIRED)
-        if BANDWIDTH_GRADIENT:
-            phi += bandwidth_term(x, x_ptr + column_a * stride_xn, safe_c * stride_xa, row_a, slope, BLOCK_N)
-            phi += bandwidth_term(x, x_ptr + column_b * stride_xn, safe_c * stride_xa, row_b, slope, BLOCK_N)
-        phi = tl.div_rn(phi, N.to(tl.float32))
-        tl.store(phi_ptr + (offs_n[:, None] * A + offs_c[None, :]), phi, mask=in_n[:, None] & (offs_c < A)[None, :])
-
-
-@triton.jit(do_not_specialize=["N", "A"])
-def svgd_step_kernel(
-    x_ptr: tl.tensor,  # [B, N, A] particles, any strides, written
-    score_ptr: tl.tensor,  # [B, N, A], any strides
-    m_ptr: tl.tensor,  # [B, N, A] float32 first moment, any strides, written; unused by ascent
-    v_ptr: tl.tensor,  # [B, N, A] float32 second moment, any strides, written; unused by ascent
-    stride_xb: tl.tensor,
-    stride_xn: tl.tensor,
-    stride_xa: tl.tensor,
-    stride_gb: tl.tensor,
-    stride_gn: tl.tensor,
-    stride_ga: tl.tensor,
-    stride_mb: tl.tensor,
-    stride_mn: tl.tensor,
-    stride_ma: tl.tensor,
-    stride_vb: tl.tensor,
-    stride_vn: tl.tensor,
-    stride_va: tl.tensor,
-    N: tl.tensor,
-    A: tl.tensor,
-    log_n1: tl.tensor,
-    inverse_temperature: tl.tensor,
-    step_size: tl.tensor,  # divided by the first moment's bias correction if ADAM
-    v_correction: tl.tensor,  # 1 - BETA2^step
-    low: tl.tensor,
-    high: tl.tensor,
-    BANDWIDTH_GRADIENT: tl.constexpr,
-    REPULSION: tl.constexpr,
-    ADAM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    UNROLL: tl.constexpr,
-    PAIRED: tl.constexpr,
-) -> None:
-    """Move the particles of state ``program_id(0)`` along phi by one step of Adam or of plain ascent, then clip."""
-    state = tl.program_id(0).to(tl.int64)
-    x_ptr += state * stride_xb
-    score_ptr += state * stride_gb
-    m_ptr += state * stride_mb
-    v_ptr += state * stride_vb
+    x_ptr += state * strides.x[0]
+    score_ptr += state * strides.score[0]
+    if m_ptr is not None:
+        m_ptr += state * strides.moments[0][0]
+        v_ptr += state * strides.moments[1][0]
+    if phi_ptr is not None:
+        phi_ptr += state * N * A
+    if scratch_ptr is not None:
+        scratch_ptr += state * BLOCK_N * BLOCK_N
     move_state(
         x_ptr,
         score_ptr,
         m_ptr,
         v_ptr,
-        stride_xn,
-        stride_xa,
-        stride_gn,
-        stride_ga,
-        stride_mn,
-        stride_ma,
-        stride_vn,
-        stride_va,
+        phi_ptr,
+        scratch_ptr,
+        strides,
         N,
         A,
-        log_n1,
-        inverse_temperature,
-        step_size,
-        v_correction,
-        low,
-        high,
-        BANDWIDTH_GRADIENT,
-        REPULSION,
-        ADAM,
+        numbers,
+        chosen,
         BLOCK_N,
         BLOCK_C,
         UNROLL,
@@ -222,39 +172,71 @@ def svgd_step_kernel(
     )
 
 
-# --- launchers and registered ops ------------------------------------------------------------------------------------
+# --- launcher and registered ops -------------------------------------------------------------------------------------
+
+
+def _launch(
+    particles: Tensor,
+    score: Tensor,
+    moments: tuple[Tensor, Tensor] | None,
+    phi: Tensor | None,
+    numbers: Numbers,
+    options: Options,
+) -> None:
+    launch.check_device("particles", particles)
+    batch, n, width = particles.shape
+    if batch == 0:
+        return
+    config = launch.svgd(n, amd=torch.version.hip is not None)
+    scratch = None
+    if config.block_n <= COUNTED:
+        scratch = torch.empty((batch, config.block_n, config.block_n), dtype=torch.int32, device=particles.device)
+    m, v = moments or (None, None)
+    none = particles.stride()
+    with launch.on_device(particles):
+        svgd_kernel[(batch,)](
+            particles,
+            score,
+            m,
+            v,
+            phi,
+            scratch,
+            strides=Strides(
+                particles.stride(),
+                score.stride(),
+                (none if m is None else m.stride(), none if v is None else v.stride()),
+            ),
+            N=n,
+            A=width,
+            numbers=numbers,
+            chosen=options,
+            **config.options(),
+        )
+
+
+def _numbers(n: int, temperature: float) -> Numbers:
+    return Numbers(math.log(n + 1.0), 1.0 / temperature, 1.0, 1.0, -1.0, 1.0)
 
 
 @torch.library.custom_op("vgf_fast::svgd_direction", mutates_args=())
 def _svgd_direction(
-    particles: Tensor, score: Tensor, temperature: float, bandwidth_gradient: bool, repulsion: bool
+    particles: Tensor, score: Tensor, temperature: float, bandwidth_gradient: bool, repulsion: bool, kernel: str
 ) -> Tensor:
-    launch.check_device("particles", particles)
-    batch, n, width = particles.shape
-    phi = torch.empty((batch, n, width), dtype=torch.float32, device=particles.device)
-    if batch == 0:
-        return phi
-    config = launch.svgd(n, amd=torch.version.hip is not None)
-    with launch.on_device(particles):
-        svgd_direction_kernel[(batch,)](
-            particles,
-            score,
-            phi,
-            *particles.stride(),
-            *score.stride(),
-            N=n,
-            A=width,
-            log_n1=math.log(n + 1.0),
-            inverse_temperature=1.0 / temperature,
-            BANDWIDTH_GRADIENT=bandwidth_gradient and repulsion,
-            REPULSION=repulsion,
-            **config.options(),
-        )
+    phi = torch.empty(particles.shape, dtype=torch.float32, device=particles.device)
+    options = Options(
+        particle_kernel(kernel),
+        particle_optimizer("ascent").step,
+        tl.constexpr(bandwidth_gradient and repulsion),
+        tl.constexpr(repulsion),
+    )
+    _launch(particles, score, None, phi, _numbers(particles.shape[1], temperature), options)
     return phi
 
 
 @_svgd_direction.register_fake
-def _(particles: Tensor, score: Tensor, temperature: float, bandwidth_gradient: bool, repulsion: bool) -> Tensor:
+def _(
+    particles: Tensor, score: Tensor, temperature: float, bandwidth_gradient: bool, repulsion: bool, kernel: str
+) -> Tensor:
     return particles.new_empty(particles.shape, dtype=torch.float32)
 
 
@@ -269,41 +251,21 @@ def _svgd_step_(
     temperature: float,
     bandwidth_gradient: bool,
     repulsion: bool,
+    kernel: str,
+    optimizer: str,
     low: float,
     high: float,
 ) -> None:
-    launch.check_device("particles", particles)
-    batch, n, width = particles.shape
-    if batch == 0:
-        return
-    adam = first_moment is not None and second_moment is not None
-    # Ascent reads no moments: any pointer of their dtype does.
-    m = particles if first_moment is None else first_moment
-    v = particles if second_moment is None else second_moment
-    config = launch.svgd(n, amd=torch.version.hip is not None)
-    with launch.on_device(particles):
-        svgd_step_kernel[(batch,)](
-            particles,
-            score,
-            m,
-            v,
-            *particles.stride(),
-            *score.stride(),
-            *m.stride(),
-            *v.stride(),
-            N=n,
-            A=width,
-            log_n1=math.log(n + 1.0),
-            inverse_temperature=1.0 / temperature,
-            step_size=step_size / (1.0 - BETA1.value**step) if adam else step_size,
-            v_correction=1.0 - BETA2.value**step,
-            low=low,
-            high=high,
-            BANDWIDTH_GRADIENT=bandwidth_gradient and repulsion,
-            REPULSION=repulsion,
-            ADAM=adam,
-            **config.options(),
-        )
+    chosen = particle_optimizer(optimizer)
+    m_correction, v_correction = chosen.corrections(step)
+    numbers = _numbers(particles.shape[1], temperature)._replace(
+        step_size=step_size / m_correction, v_correction=v_correction, low=low, high=high
+    )
+    options = Options(
+        particle_kernel(kernel), chosen.step, tl.constexpr(bandwidth_gradient and repulsion), tl.constexpr(repulsion)
+    )
+    moments = None if first_moment is None or second_moment is None else (first_moment, second_moment)
+    _launch(particles, score, moments, None, numbers, options)
 
 
 @_svgd_step_.register_fake
@@ -317,6 +279,8 @@ def _(
     temperature: float,
     bandwidth_gradient: bool,
     repulsion: bool,
+    kernel: str,
+    optimizer: str,
     low: float,
     high: float,
 ) -> None:
@@ -326,7 +290,7 @@ def _(
 # --- public functions ------------------------------------------------------------------------------------------------
 
 
-def _check(particles: Tensor, score: Tensor, temperature: float) -> None:
+def _check(particles: Tensor, score: Tensor, temperature: float, kernel: str) -> None:
     if particles.ndim != 3:
         raise ValueError(f"particles has shape {tuple(particles.shape)}, expected (B, N, A)")
     _, n, width = particles.shape
@@ -339,22 +303,28 @@ def _check(particles: Tensor, score: Tensor, temperature: float) -> None:
         launch.check_dtype(name, tensor, launch.PARTICLE_DTYPES)
         launch.check_span(name, tensor)
     launch.check_same_device("score", score, "particles", particles.device)
-    if not temperature > 0.0:
-        raise ValueError(f"temperature is {temperature!r}, expected a number > 0")
+    launch.check_positive("temperature", temperature)
+    particle_kernel(kernel)
 
 
 def svgd_direction(
-    particles: Tensor, score: Tensor, temperature: float, bandwidth_gradient: bool = False, repulsion: bool = True
+    particles: Tensor,
+    score: Tensor,
+    temperature: float,
+    bandwidth_gradient: bool = False,
+    repulsion: bool = True,
+    kernel: str = "rbf",
 ) -> Tensor:
-    """Direction phi [B, N, A], float32, of the particles [B, N, A] under the score [B, N, A]; formula at the top.
+    """Direction phi [B, N, A], float32, of the particles [B, N, A] under the score [B, N, A].
 
-    Particles and score are float32, bfloat16 or float16 with any strides; N is 1 to 128, A is 1 to 64.
+    Particles and score are float32, bfloat16 or float16 with any strides; N is 1 to 128, A is 1 to 64. ``kernel`` is
+    "rbf" or "imq", the inverse multiquadric (1 + gamma D)^(-1/2) with the same median bandwidth.
     ``bandwidth_gradient`` adds the bandwidth term, as the public release does. ``repulsion=False`` gives the paper's
     simplified direction (1/N) sum_j K_ij G_j, without temperature, repulsion and bandwidth term. No autograd formula.
     Raises ``ValueError`` naming the argument whose shape, dtype, device or value is outside these limits.
     """
-    _check(particles, score, temperature)
-    return _svgd_direction(particles, score, float(temperature), bandwidth_gradient, repulsion)
+    _check(particles, score, temperature, kernel)
+    return _svgd_direction(particles, score, float(temperature), bandwidth_gradient, repulsion, kernel)
 
 
 def svgd_step_(
@@ -370,26 +340,25 @@ def svgd_step_(
     optimizer: str = "adam",
     low: float = -1.0,
     high: float = 1.0,
+    kernel: str = "rbf",
 ) -> None:
-    """Move the particles one flow step, in place: direction, one ascent step, clip to [low, high].
+    """Move the particles one flow step, in place: direction, one step of the optimiser, clip to [low, high].
 
     Adam (b1 .9, b2 .999, eps 1e-8; ``step`` counts from 1) writes its moments [B, N, A], float32, zero before the first
     step: m <- b1 m + (1 - b1) phi, v <- b2 v + (1 - b2) phi^2, x <- x + step_size m_hat / (sqrt(v_hat) + eps).
     "ascent" is x <- x + step_size phi and takes ``None`` for the moments. The rest is as in ``svgd_direction``.
     Raises ``ValueError`` naming the argument whose shape, dtype, device or value is wrong.
     """
-    _check(particles, score, temperature)
+    _check(particles, score, temperature, kernel)
     launch.check_writable("particles", particles)
-    if optimizer not in ("adam", "ascent"):
-        raise ValueError(f"optimizer is {optimizer!r}, expected 'adam' or 'ascent'")
-    if optimizer == "ascent":
+    if not particle_optimizer(optimizer).moments:
         first_moment = second_moment = None
     else:
         if step < 1:
             raise ValueError(f"step is {step}, expected an integer >= 1: the first step is 1")
         for name, moment in (("first_moment", first_moment), ("second_moment", second_moment)):
             if moment is None:
-                raise ValueError(f"{name} is None, expected a float32 tensor: optimizer='adam'")
+                raise ValueError(f"{name} is None, expected a float32 tensor: optimizer={optimizer!r}")
             launch.check_shape(name, moment, particles.shape, "the shape of particles")
             launch.check_dtype(name, moment, (torch.float32,))
             launch.check_same_device(name, moment, "particles", particles.device)
@@ -405,6 +374,8 @@ def svgd_step_(
         float(temperature),
         bandwidth_gradient,
         repulsion,
+        kernel,
+        optimizer,
         float(low),
         float(high),
     )

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .particles import direction, rbf_kernel, squared_distances
+from .formulas import ParticleKernel, direction, particle_kernel, particle_weights, squared_distances
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -66,15 +66,13 @@ def token_direction_kernel(
     score_ptr: tl.tensor,  # [N, D], any strides
     distances_ptr: tl.tensor,  # [N, N] float32, contiguous
     phi_ptr: tl.tensor,  # [N, D] float32, contiguous, written
-    stride_xn: tl.tensor,
-    stride_xd: tl.tensor,
-    stride_gn: tl.tensor,
-    stride_gd: tl.tensor,
+    strides: tl.tuple,  # of the particles, then the score
     N: tl.tensor,
     D: tl.tensor,
     SPAN: tl.tensor,  # dimensions of a program
     log_n1: tl.tensor,
     inverse_temperature: tl.tensor,
+    KERNEL: ParticleKernel,
     REPULSION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -85,21 +83,21 @@ def token_direction_kernel(
     in_n = offs_n < N
     in_pair = in_n[:, None] & in_n[None, :]
     distances = tl.load(distances_ptr + (offs_n[:, None] * N + offs_n[None, :]), mask=in_pair, other=float("inf"))
-    kernel, gamma, _, _, _, _, _ = rbf_kernel(distances, N, log_n1, BLOCK_N, False)
+    kernel, gamma, _, _, _, _, _ = particle_weights(distances, None, N, log_n1, KERNEL, BLOCK_N, False)
     # Padding reads the last particle or dimension again: its kernel entries are zero and it is not stored.
     safe_n = tl.minimum(offs_n, N - 1).to(tl.int64)
-    offs_x = safe_n[:, None] * stride_xn
-    offs_g = safe_n[:, None] * stride_gn
+    offs_x = safe_n[:, None] * strides[0]
+    offs_g = safe_n[:, None] * strides[2]
     offs_phi = offs_n.to(tl.int64)[:, None] * D
+    share = 1.0 / N.to(tl.float32)
     first = tl.program_id(0) * SPAN
     end = tl.minimum(first + SPAN, D)
     for start in range(first, end, BLOCK_C):
         offs_c = start + tl.arange(0, BLOCK_C)
         safe_c = tl.minimum(offs_c, D - 1).to(tl.int64)[None, :]
-        x = tl.load(x_ptr + (offs_x + safe_c * stride_xd)).to(tl.float32)  # [BLOCK_N, BLOCK_C]
-        score = tl.load(score_ptr + (offs_g + safe_c * stride_gd)).to(tl.float32)
-        phi = direction(kernel, gamma, x, score, inverse_temperature, REPULSION, PAIRED)
-        phi = tl.div_rn(phi, N.to(tl.float32))
+        x = tl.load(x_ptr + (offs_x + safe_c * strides[1])).to(tl.float32)  # [BLOCK_N, BLOCK_C]
+        score = tl.load(score_ptr + (offs_g + safe_c * strides[3])).to(tl.float32)
+        phi = direction(kernel, gamma, x, score, inverse_temperature, KERNEL, REPULSION, PAIRED) * share
         tl.store(phi_ptr + (offs_phi + offs_c[None, :]), phi, mask=in_n[:, None] & (offs_c < end)[None, :])
 
 
@@ -133,13 +131,13 @@ def _token_svgd_direction(particles: Tensor, score: Tensor, temperature: float, 
             score,
             partial.sum(dim=0),
             phi,
-            *particles.stride(),
-            *score.stride(),
+            (*particles.stride(), *score.stride()),
             N=n,
             D=width,
             SPAN=config.span,
             log_n1=math.log(n + 1.0),
             inverse_temperature=1.0 / temperature,
+            KERNEL=particle_kernel("rbf"),
             REPULSION=repulsion,
             **config.direction_options(),
         )

@@ -2,11 +2,18 @@
 
 import torch
 from oracle import nan_filled_empty
-from vgf_fast.kernels import packing
+from vgf_fast.kernels import launch, packing
 
 from vgf_fast.networks import EnsembleMLP, VelocityField
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Ways to compute a network's layers: what suits the rows; many tiles and blocks of each; and each layer by itself.
+LAYERS = (
+    None,
+    launch.Layers(False, launch.ProductTile(16, 32, 16, 4, 1), 4),
+    launch.Layers(True),
+    launch.Layers(False),
+)
 
 
 def shake(module, seed):

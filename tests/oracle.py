@@ -19,7 +19,7 @@ class Direction(NamedTuple):
     )  # [B] how far, relative to it, the median's entries are from a different value: inf if by no change
 
 
-def svgd_direction(particles, score, temperature, bandwidth_gradient=False, repulsion=True):
+def svgd_direction(particles, score, temperature, bandwidth_gradient=False, repulsion=True, kernel="rbf"):
     """particles, score [B, N, A] of any dtype -> Direction in float64."""
     x = particles.detach().double().requires_grad_()
     g = score.detach().double()
@@ -33,19 +33,22 @@ def svgd_direction(particles, score, temperature, bandwidth_gradient=False, repu
         median = flat.gather(1, order[:, middle]).mean(dim=1)
         gamma = 1.0 / (1e-6 + 2.0 * (median / (2.0 * math.log(n + 1.0))).clamp(min=1e-12))
         gamma = gamma.view(-1, 1, 1)
-        kernel = torch.exp(-(gamma if bandwidth_gradient else gamma.detach()) * distances)
-        (repulsive,) = torch.autograd.grad(-kernel.sum(), x)
-    kernel, gamma = kernel.detach(), gamma.detach()
+        scaled = (gamma if bandwidth_gradient else gamma.detach()) * distances
+        matrix = torch.exp(-scaled) if kernel == "rbf" else (1.0 + scaled) ** -0.5
+        (repulsive,) = torch.autograd.grad(-matrix.sum(), x)
+    matrix, gamma = matrix.detach(), gamma.detach()
+    # -2 dK / dD
+    steep = 2.0 * gamma * matrix if kernel == "rbf" else gamma * matrix**3
     if repulsion:
-        phi = (kernel @ g / temperature + repulsive) / n
+        phi = (matrix @ g / temperature + repulsive) / n
     else:
-        phi = kernel @ g / n
-    terms = kernel @ g.abs() / (temperature if repulsion else 1.0)
+        phi = matrix @ g / n
+    terms = matrix @ g.abs() / (temperature if repulsion else 1.0)
     if repulsion:
-        terms = terms + 2.0 * gamma * (kernel.unsqueeze(3) * difference.detach().abs()).sum(dim=2)
+        terms = terms + (steep.unsqueeze(3) * difference.detach().abs()).sum(dim=2)
         if bandwidth_gradient:
-            total = (kernel * distances.detach()).sum(dim=(1, 2)).view(-1, 1, 1)
-            slope = 2.0 * gamma.square() * total / math.log(n + 1.0)
+            total = (steep * distances.detach()).sum(dim=(1, 2)).view(-1, 1, 1)
+            slope = gamma * total / math.log(n + 1.0)
             terms = terms + slope * (median.detach() > 0).view(-1, 1, 1) * median.detach().sqrt().view(-1, 1, 1)
     scale = terms.amax(dim=(1, 2), keepdim=True) / n if batch else terms.new_zeros(0, 1, 1)
     return Direction(phi, scale, _median_gap(values, middle))

@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from profiling import alignment, report
+from profiling import alignment, tables
+from profiling.tables import language
 
 
 def method(reward, judge=1.0, feasible=True, **changes):
@@ -90,9 +91,9 @@ def test_parts_share_the_work_and_a_run_goes_on(tmp_path, monkeypatch):
 
 
 def test_the_table_says_what_the_record_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(tables, "REPOSITORY", tmp_path)
     paths = path, overhead, longer = [tmp_path / f"{name}.json" for name in ("alignment", "overhead", "longer")]
-    assert report.alignment(*paths) == "Not yet measured."
+    assert language.alignment(*paths) == "Not yet measured."
     facts = {"date": "2026-01-02T03:04:05+00:00", "device": "a CPU", "command": "python -m this"}
     record = {
         **facts, "example": EXAMPLE, "units": 320, "particles": 8,
@@ -102,7 +103,7 @@ def test_the_table_says_what_the_record_says(tmp_path, monkeypatch):
     for pair in record["pairs"]:
         pair["methods"]["token search"] = pair["methods"]["best of N"]
     path.write_text(json.dumps(record))
-    text = report.alignment(*paths)
+    text = language.alignment(*paths)
     assert "| flow | 0.500 | 0.400 | 0.500 | 2 | 1.20 / 1.00 | 2 | 0.50 | 60 |  | 320 / 1.00 / 1.00 |" in text
     assert "| plain | -1.000 |" in text
     assert 'of "we saw a cat" (reward 0.25, perplexity 90) "we saw a dog" (0.90, 40).' in text
@@ -112,9 +113,9 @@ def test_the_table_says_what_the_record_says(tmp_path, monkeypatch):
     assert "| judge likes it least | target 1 |" in text
     assert "an align step" not in text
     overhead.write_text(json.dumps({**facts, "small": {"added": 0.4}, "base": {"added": 0.051}}))
-    assert "5 % more with models of the sizes of GPT-2 and BERT base, 40 % with" in report.alignment(*paths)
-    assert "With" not in report.alignment(*paths)
+    assert "5 % more with models of the sizes of GPT-2 and BERT base, 40 % with" in language.alignment(*paths)
+    assert "With" not in language.alignment(*paths)
     longer.write_text(json.dumps({**record, "units": 640}))
-    text = report.alignment(*paths)
+    text = language.alignment(*paths)
     assert "With 640 units the rewards within the cap are: flow 0.500, best of N 0.600, plain -1.000." in text
     assert "wins 1 (best of N) and 2 (plain) of 3 pairs, the judge is within 1.5 in 2." in text

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from profiling import llm, records, report
+from profiling import llm, records, tables
 from profiling.bench import main
+from profiling.tables import speed
 
 
 @pytest.mark.parametrize("k", [1, 5])
@@ -38,9 +39,9 @@ def test_every_method_is_recorded(written):
 
 
 def test_the_table(written, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(tables, "REPOSITORY", tmp_path)
     path = tmp_path / "llm-cpu.jsonl"
-    assert report.nearest(path) == "Not yet measured."
+    assert speed.nearest(path) == "Not yet measured."
     found = {"ours": (0.5, 3), "cdist": (1.0, 100), "matmul": (0.9, 60)}
     changed = [
         dataclasses.replace(record, ratio_to_eager=ratio, built_bytes=0, peak_bytes=mib * 2**20)
@@ -48,7 +49,7 @@ def test_the_table(written, tmp_path, monkeypatch):
         for ratio, mib in [found[record.method]]
     ]
     records.append(path, changed)
-    table = report.nearest(path)
+    table = speed.nearest(path)
     assert "| 16 x 500 x 8, k = 1 | 0.50 / 3 | 1.00 / 100 | 0.90 / 60 |" in table
     assert "Record: `llm-cpu.jsonl`" in table
 

@@ -55,23 +55,36 @@ def plain_kernel(rows, columns, n):
     return distances, gamma
 
 
-def plain_direction(x, score, temperature, bandwidth_gradient, repulsion):
+def plain_matrix(distances, gamma, kernel):
+    return torch.exp(-gamma * distances) if kernel == "rbf" else (1.0 + gamma * distances) ** -0.5
+
+
+def plain_direction(x, score, temperature, bandwidth_gradient, repulsion, kernel="rbf"):
     n = x.shape[1]
     distances, gamma = plain_kernel(x, x, n)
-    kernel = torch.exp(-gamma * distances)
+    matrix = plain_matrix(distances, gamma, kernel)
     if not repulsion:
-        return kernel @ score / n
+        return matrix @ score / n
     if bandwidth_gradient:
         rows = x.clone()
         distances, gamma = plain_kernel(rows, x, n)
-        repulsive = -torch.autograd.grad(torch.exp(-gamma * distances).sum(), rows, create_graph=True)[0]
+        repulsive = -torch.autograd.grad(plain_matrix(distances, gamma, kernel).sum(), rows, create_graph=True)[0]
     else:
-        repulsive = 2.0 * gamma * (kernel.unsqueeze(3) * (x.unsqueeze(2) - x.unsqueeze(1))).sum(dim=2)
-    return (kernel @ score / temperature + repulsive) / n
+        steep = 2.0 * gamma * matrix if kernel == "rbf" else gamma * matrix**3
+        repulsive = (steep.unsqueeze(3) * (x.unsqueeze(2) - x.unsqueeze(1))).sum(dim=2)
+    return (matrix @ score / temperature + repulsive) / n
 
 
 def plain_flow(
-    module, states, x, budget, aggregation="mean", bandwidth_gradient=False, repulsion=True, optimizer="adam"
+    module,
+    states,
+    x,
+    budget,
+    aggregation="mean",
+    bandwidth_gradient=False,
+    repulsion=True,
+    optimizer="adam",
+    kernel="rbf",
 ):
     """Particles, q and trajectory with the graph of everything that was done."""
     path, m, v = [x], 0.0, 0.0
@@ -79,7 +92,7 @@ def plain_flow(
         # A node of its own: the score's derivative stops here, the gradient through the score does not.
         x = x.clone()
         _, score = plain_score(module, states, x, aggregation)
-        change = plain_direction(x, score, budget.temperature, bandwidth_gradient, repulsion)
+        change = plain_direction(x, score, budget.temperature, bandwidth_gradient, repulsion, kernel)
         if optimizer == "adam":
             m, v = 0.9 * m + 0.1 * change, 0.999 * v + 0.001 * change**2
             change = m / (1.0 - 0.9**step) / ((v / (1.0 - 0.999**step)).sqrt() + 1e-8)
@@ -117,6 +130,8 @@ def gradients(outputs, leaves, seed=0):
         ((2, 4), 2, 0.05, {"members": 1}, {"repulsion": False}),
         ((2, 1), 2, 0.05, {"layer_norm": False}, {}),
         ((2, 2), 1, 0.05, {"members": 3}, {"q_aggregation": "min", "bandwidth_gradient": True}),
+        ((2, 4), 2, 0.05, {}, {"kernel": "imq"}),
+        ((2, 3), 2, 0.05, {}, {"kernel": "imq", "bandwidth_gradient": True}),
         ((2, 4), 0, 0.05, {}, {}),
         ((2, 4), 3, 0.6, {}, {}),
     ],

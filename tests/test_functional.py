@@ -187,7 +187,7 @@ class TestBackends:
         ("particles", "width", "dtype", "message"),
         [
             (129, 8, torch.float32, "particles is 129, the kernels' limit is 128"),
-            (10, 65, torch.float32, "the action dimension is 65, the kernels' limit is 64"),
+            (10, 129, torch.float32, "the action dimension is 129, the kernels' limit is 128"),
             (10, 8, torch.float64, "the particles are torch.float64"),
         ],
     )
@@ -240,7 +240,11 @@ class TestBackends:
         ("critic", "particles", "message"),
         [
             (EnsembleMLP(4, 2, (8,)), torch.zeros(3, 129, 2), "particles is 129, the kernels' limit is 128"),
-            (EnsembleMLP(4, 65, (8,)), torch.zeros(3, 5, 65), "the action dimension is 65, the kernels' limit is 64"),
+            (
+                EnsembleMLP(4, 129, (8,)),
+                torch.zeros(3, 5, 129),
+                "the action dimension is 129, the kernels' limit is 128",
+            ),
             (EnsembleMLP(4, 2, (8, 1025)), PARTICLES, "the widest hidden layer has 1025 units, the kernels' limit is"),
             (CRITIC, PARTICLES.double(), "the particles are torch.float64"),
             (copy.deepcopy(CRITIC).double(), PARTICLES, "the weights are torch.float64, the kernels take float32 and"),
@@ -263,13 +267,14 @@ class TestBackends:
         states, particles = STATES.to(device), PARTICLES.to(device)
         with count_launches() as launched:
             vgf.critic_value_and_score(critic, states, particles, backend="triton")
-        assert launched == ["packing_kernel", "state_share_kernel", "critic_kernel", "combine_kernel"]
+        ready, step = ["packing_kernel", "state_share_kernel"], ["rows_kernel", "rows_kernel", "product_kernel"]
+        assert launched == [*ready, *step, "flow_step_kernel"]
         with count_launches() as launched:
             vgf.behavior_flow(velocity, states, particles, 2, backend="triton")
-        assert launched == ["packing_kernel", "state_share_kernel", "behavior_flow_kernel"]
+        assert launched == [*ready, *3 * ["euler_kernel"]]
         with count_launches() as launched:
             vgf.value_gradient_flow(critic, states, particles, BUDGET, backend="triton")
-        assert launched == ["packing_kernel", "state_share_kernel"] + 3 * ["flow_step_kernel"]
+        assert launched == [*ready, *2 * [*step, "flow_step_kernel"], "rows_kernel", "rows_kernel"]
 
     @pytest.mark.parametrize("bare", [False, True])
     @pytest.mark.parametrize("aggregation", ["mean", "min"])

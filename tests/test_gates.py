@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import networks
 import oracle
 import pytest
 import torch
@@ -19,6 +20,7 @@ pytest.importorskip("triton")
 import test_kernel_behavior_flow
 import test_kernel_critic
 import test_kernel_flow_step
+import test_kernel_optimizer
 import test_races
 import triton
 import triton.language as tl
@@ -83,9 +85,9 @@ def use_copy(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, package)
         spec.loader.exec_module(package)
         for module in TESTS:
-            for kernel in ("behavior_flow", "critic", "flow_step"):
-                if hasattr(module, kernel):
-                    monkeypatch.setattr(module, kernel, importlib.import_module(f"{name}.{kernel}"))
+            monkeypatch.setattr(module, "sequence", importlib.import_module(f"{name}.sequence"))
+        training = importlib.import_module(f"{name}.training")
+        monkeypatch.setattr(test_kernel_optimizer, "training_step_", training.training_step_)
 
     yield use
     for name in [name for name in sys.modules if name.startswith("copied_kernels_")]:
@@ -109,50 +111,48 @@ def barriers(file):
 
 
 def races(*runs):
-    """How many of the runs of test_races.py, of a kernel with and without LayerNorm, find a race."""
+    """How many of the runs of test_races.py, of a sequence with and without LayerNorm, find a race."""
     errors = []
     for run, layer_norm in itertools.product(runs, (True, False)):
         try:
-            test_races.test_networks(run, layer_norm)
+            test_races.test_networks(run, layer_norm, "few")
         except (AssertionError, InterpreterError) as error:
             errors.append(str(error))
     assert all("Race" in error or "a load" in error or "a store" in error for error in errors), errors
     return len(errors)
 
 
-@interpreted
-@pytest.mark.parametrize("number", range(barriers("mlp.py")))
-def test_every_barrier_between_layers_is_missed(use_copy, number):
-    use_copy("mlp.py", without_barrier(number))
-    assert races("critic", "behavior_flow") >= 1
+BARRIERS = [(file, number) for file in ("flow_step.py", "formulas.py") for number in range(barriers(file))]
+
+
+def test_only_a_flow_step_has_barriers():
+    assert len(BARRIERS) == 2
+    files = [path.name for path in (REPOSITORY / "kernels").glob("*.py") if barriers(path.name)]
+    assert {"flow_step.py", "formulas.py"} <= set(files)
+    assert not {"product.py", "rows.py", "small.py", "behavior_flow.py", "state_share.py"} & set(files)
 
 
 @interpreted
-def test_the_barrier_between_euler_steps_is_missed(use_copy):
-    use_copy("behavior_flow.py", without_barrier(0))
-    assert races("behavior_flow") >= 1
-
-
-@interpreted
-def test_the_barrier_after_the_particles_have_moved_is_missed(use_copy):
-    use_copy("particle_block.py", without_barrier(-1))
+@pytest.mark.parametrize(("file", "number"), BARRIERS)
+def test_every_barrier_of_a_flow_step_is_missed(use_copy, file, number):
+    use_copy(file, without_barrier(number))
     assert races("flow") == 2
+
+
+def few_rows():
+    test_kernel_critic.test_another_configuration_gives_the_same(networks.LAYERS[2])
+
+
+def many_rows():
+    test_kernel_critic.test_another_configuration_gives_the_same(networks.LAYERS[1])
 
 
 def accurate_critic():
     test_kernel_critic.test_as_accurate_as_pytorch(True, "gelu", "mean")
 
 
-def critic_layouts():
-    test_kernel_critic.test_layouts("columns")
-
-
 def particle_step():
     test_kernel_flow_step.test_equal_to_the_step_kernel(10)
-
-
-def flow_layouts():
-    test_kernel_flow_step.test_layouts("columns")
 
 
 def flow_selection():
@@ -163,43 +163,59 @@ def behavior_layouts():
     test_kernel_behavior_flow.test_layouts("columns")
 
 
+def training_steps():
+    test_kernel_optimizer.test_three_steps_of_a_velocity_field((2, 1), False)
+
+
 # What is broken, in which file, and the test that must fail. Nothing here stores too much: it would be to live memory.
 MASKS = {
-    "actions read past their last column": (
-        "critic.py",
-        "mask=(offs_m < rows)[:, None] & (offs_r < A)[None, :],\n        other=0.0",
-        "mask=(offs_m < rows)[:, None],\n        other=0.0",
-        critic_layouts,
-    ),
-    "the last row's gradient not stored": (
-        "critic.py",
-        "grad,\n            mask=(offs_m < rows)[:, None]",
-        "grad,\n            mask=(offs_m < rows - 1)[:, None]",
+    "the last particle's score not stored": (
+        "flow_step.py",
+        "score, mask=(offs_n < N)[:, None]",
+        "score, mask=(offs_n < N - 1)[:, None]",
         accurate_critic,
     ),
     "the last row's value not stored": (
-        "mlp.py",
-        "mask=row + tl.arange(0, ROWS) < rows)",
-        "mask=row + tl.arange(0, ROWS) < rows - 1)",
+        "rows.py",
+        "q, mask=in_rows)",
+        "q, mask=offs_m < shape.rows - 1)",
         accurate_critic,
     ),
+    "the last row's activation not stored": (
+        "rows.py",
+        "mask=in_rows[:, None])\n\n\n# --- launcher",
+        "mask=(offs_m < shape.rows - 1)[:, None])\n\n\n# --- launcher",
+        many_rows,
+    ),
+    "the last row of a product not stored": (
+        "product.py",
+        "mask=(offs_m < rows)[:, None]",
+        "mask=(offs_m < rows - 1)[:, None]",
+        many_rows,
+    ),
+    "the last of few rows not stored": (
+        "small.py",
+        "mask=in_rows[:, None]",
+        "mask=(offs_m < shape.rows - 1)[:, None]",
+        few_rows,
+    ),
     "padding in LayerNorm's variance": (
-        "activations.py",
+        "formulas.py",
         "centred = tl.where(in_width[None, :], z - mean[:, None], 0.0)",
         "centred = z - mean[:, None]",
         accurate_critic,
     ),
     "padding among the distances": (
-        "particle_block.py",
-        'tl.where((in_n[:, None] & in_n[None, :])[None, :, :], distances, float("inf"))',
+        "formulas.py",
+        'tl.where(in_n[:, None] & in_n[None, :], distances, float("inf"))',
         "distances",
         particle_step,
     ),
-    "particles read past their last column": (
+    "moments read before they are there": (
         "flow_step.py",
-        "offs_r.to(tl.int64)[None, :] * stride_xa, mask=in_a, other=0.0)",
-        "offs_r.to(tl.int64)[None, :] * stride_xa, mask=in_a | (offs_r == A)[None, :], other=0.0)",
-        flow_layouts,
+        "tl.where(step.number > 1.0, N, 0)",
+        "N",
+        particle_step,
     ),
     "padding among the particles to choose from": (
         "selection.py",
@@ -207,10 +223,28 @@ MASKS = {
         "in_n = offs_n < N + 1\n    if MODE",
         flow_selection,
     ),
+    "rows past the batch in the loss": (
+        "training_layers.py",
+        "dout = tl.where(in_batch, slope /",
+        "dout = tl.where(in_rows, slope /",
+        training_steps,
+    ),
+    "the first layer's last input not kept": (
+        "training_layers.py",
+        "a.to(dtype), mask=writes)",
+        "a.to(dtype), mask=writes & (wide_r < sizes.action_dim - 1))",
+        training_steps,
+    ),
+    "a step not counted": (
+        "training_layers.py",
+        "in_range = offs < counters",
+        "in_range = offs < counters - 1",
+        training_steps,
+    ),
     "noise read past its last column": (
         "behavior_flow.py",
-        "x = tl.load(noise_ptrs, mask=in_a, other=0.0)",
-        "x = tl.load(noise_ptrs, mask=in_a | (offs_r == A)[None, :], other=0.0)",
+        "x = tl.load(x_ptrs, mask=in_a, other=0.0)",
+        "x = tl.load(x_ptrs, mask=in_a | (offs_r == shape.action_dim)[None, :], other=0.0)",
         behavior_layouts,
     ),
 }
@@ -249,16 +283,16 @@ import json, torch
 from unittest import mock
 from profiling import resources
 from vgf_fast.kernels import launch
-wide = launch.BlockLaunch(block_m=64, block_n=512, block_k=64, rows=16, num_warps=4, num_stages=1)
-with mock.patch.object(launch, "rows_block", return_value=wide), resources.recorded() as launches:
+wide = launch.ProductTile(block_m=128, block_n=256, block_k=64, num_warps=4, num_stages=1)
+with mock.patch.object(launch, "product_tile", return_value=wide), resources.recorded() as launches:
     resources.flow(torch.bfloat16)
-found = next(x for x in launches if x.kernel.__name__ == "critic_kernel")
+found = next(x for x in launches if x.kernel.__name__ == "product_kernel")
 print(json.dumps(resources.resources(resources.compile_launch(found, "sm_90"), "sm_90")))
 """
 
 
 def test_a_spill_is_reported(tmp_path):
-    """A tile of 64 x 512 in four warps does not fit their registers."""
+    """A tile of 128 x 256 in four warps does not fit their registers."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, "-W", "ignore", "-c", SPILLING]

@@ -11,7 +11,7 @@ from tolerances import within_twice
 
 pytest.importorskip("triton")
 
-from vgf_fast.kernels import behavior_flow, critic, flow_step, launch, nearest_token, token_flow
+from vgf_fast.kernels import launch, nearest_token, sequence, token_flow
 
 import vgf_fast as vgf
 from vgf_fast import reference
@@ -41,7 +41,7 @@ class TestAccuracy:
     def test_critic(self, compute, aggregation):
         module = networks.critic(29, 8, WIDTHS, seed=2)
         states, actions = inputs()
-        ours = critic.values_and_score(networks.packed(module, compute), states, actions, aggregation)
+        ours = sequence.values_and_score(networks.packed(module, compute), states, actions, aggregation)
         theirs = reference.CriticAtStates(module.stacked().to(compute), states).values_and_score(actions, aggregation)
         exact = networks.exact(module)
         truth = reference.CriticAtStates(exact, states.double()).values_and_score(actions.double(), aggregation)
@@ -51,7 +51,7 @@ class TestAccuracy:
     def test_behavior_flow(self, compute):
         module = networks.velocity(29, 8, WIDTHS, seed=2)
         states, noise = inputs()
-        ours = behavior_flow.behavior_flow(networks.packed(module, compute), states, noise, 10)
+        ours = sequence.behavior_flow(networks.packed(module, compute), states, noise, 10)
         theirs = reference.behavior_flow(module.stacked().to(compute), states, noise, 10)
         truth = reference.behavior_flow(networks.exact(module), states.double(), noise.double(), 10)
         within_twice(ours, theirs, truth)
@@ -60,7 +60,7 @@ class TestAccuracy:
         module = networks.critic(29, 8, WIDTHS, seed=2)
         states, particles = inputs()
         budget = (1, 0.1, 0.5, "mean", False, True, "ascent")
-        ours = flow_step.value_gradient_flow(networks.packed(module, compute), states, particles, *budget)
+        ours = sequence.value_gradient_flow(networks.packed(module, compute), states, particles, *budget)
         theirs = reference.value_gradient_flow(module.stacked().to(compute), states, particles, *budget)
         truth = reference.value_gradient_flow(networks.exact(module), states.double(), particles.double(), *budget)
         within_twice(ours.particles, theirs.particles, truth.particles)
@@ -72,10 +72,10 @@ def test_65536_rows(compute):
     module = networks.critic(29, 8, WIDTHS, seed=2)
     packed = networks.packed(module, compute)
     states, actions = inputs(6554)
-    q, score = critic.values_and_score(packed, states, actions)
+    q, score = sequence.values_and_score(packed, states, actions)
     for start in (0, 3000, 6500):
         part = slice(start, start + 54)
-        q_part, score_part = critic.values_and_score(packed, states[part], actions[part])
+        q_part, score_part = sequence.values_and_score(packed, states[part], actions[part])
         assert torch.equal(q[:, part], q_part)
         assert torch.equal(score[part], score_part)
 
@@ -101,7 +101,7 @@ def test_peak_memory_of_65536_rows():
         q = reference.member_values(weights, rows, x.view(-1, 8))
         return q, torch.autograd.grad(q.mean(dim=0).sum(), x)[0]
 
-    assert peak(lambda: critic.values_and_score(packed, states, actions)) <= 0.1 * peak(eager)
+    assert peak(lambda: sequence.values_and_score(packed, states, actions)) <= 0.1 * peak(eager)
 
 
 def test_repeated_runs_are_bit_equal(compute):
@@ -109,8 +109,8 @@ def test_repeated_runs_are_bit_equal(compute):
     packed = networks.packed(module, compute)
     states, particles = inputs()
     rewards = torch.ones(256, device="cuda")
-    epilogue = flow_step.TDTarget(rewards, rewards, 0.99)
-    runs = [flow_step.value_gradient_flow(packed, states, particles, 5, 0.1, 0.5, epilogue=epilogue) for _ in range(20)]
+    epilogue = sequence.TDTarget(rewards, rewards, 0.99)
+    runs = [sequence.value_gradient_flow(packed, states, particles, 5, 0.1, 0.5, epilogue=epilogue) for _ in range(20)]
     for run in runs[1:]:
         assert torch.equal(run.particles, runs[0].particles)
         assert torch.equal(run.chosen, runs[0].chosen)
@@ -188,15 +188,15 @@ SANITIZED = """
 import sys
 sys.path.insert(0, {tests!r})
 import torch, networks
-from vgf_fast.kernels import behavior_flow, critic, flow_step, nearest_token, token_flow
+from vgf_fast.kernels import nearest_token, sequence, token_flow
 states, x = networks.states_and_actions(7, 5, 6, 3)
 packed = networks.packed(networks.critic(6, 3, (32, 32)), torch.bfloat16)
 velocity = networks.packed(networks.velocity(6, 3, (32, 32)), torch.bfloat16)
-x = behavior_flow.behavior_flow(velocity, states, x, 2)
-critic.values_and_score(packed, states, x)
+x = sequence.behavior_flow(velocity, states, x, 2)
+sequence.values_and_score(packed, states, x)
 rewards = torch.ones(7, device="cuda")
-flow_step.value_gradient_flow(packed, states, x, 2, 0.1, 0.5, epilogue=flow_step.TDTarget(rewards, rewards, 0.9))
-flow_step.value_gradient_flow(packed, states, x, 2, 0.1, 0.5, "min", True, epilogue=flow_step.Select())
+sequence.value_gradient_flow(packed, states, x, 2, 0.1, 0.5, epilogue=sequence.TDTarget(rewards, rewards, 0.9))
+sequence.value_gradient_flow(packed, states, x, 2, 0.1, 0.5, "min", True, epilogue=sequence.Select())
 queries, table = torch.randn(70, 33, device="cuda"), torch.randn(900, 33, device="cuda")
 for rows in (3, 70):
     nearest_token.nearest_token(queries[:rows], table, 5, "cosine", table[:, 0] > 0, table[:, 0])

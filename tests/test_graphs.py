@@ -3,11 +3,14 @@
 Where there is no GPU a recording is a function that runs again: keys, fixed memory and chunks are tested all the same.
 """
 
+import contextlib
 import copy
+import itertools
 import pickle
 
 import pytest
 import torch
+from launches import count_launches
 
 import vgf_fast as vgf
 import vgf_fast.learner
@@ -155,6 +158,149 @@ def test_fit_by_replays_gives_the_same(dataset, device, recorded, monkeypatch):
     assert torch.equal(learner.generator.get_state(), plain.generator.get_state())
     for ours, theirs in zip(learner.policy.parameters(), plain.policy.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+class Streams:
+    """Fake streams of a GPU, on which everything is done at once: what was issued where, and who waited for whom."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.current = [], "main"
+        streams = self
+
+        class Stream:
+            def __init__(self, device=None, name=None):
+                self.name = name or "side"
+
+            def wait_stream(self, other):
+                streams.log.append((self.name, "waits for", other.name))
+
+        @contextlib.contextmanager
+        def stream(one):
+            before, streams.current = streams.current, one.name
+            yield
+            streams.current = before
+
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(name=streams.current))
+        fork = graphs.fork
+        monkeypatch.setattr(graphs, "fork", lambda device, work: fork(torch.device("cuda"), work))
+
+    def launched(self, name):
+        self.log.append((self.current, "launches", name))
+
+
+def test_branches_of_a_pipelined_fit(dataset, monkeypatch):
+    """The behaviour model's step and the next particles on one stream, the critic's flow and step on the other."""
+    monkeypatch.setattr(vgf_fast.learner, "UPDATES_A_REPLAY", 2)
+    learner = vgf.Learner(vgf.VGFPolicy(CONFIG, backend="triton"), TRAIN)
+    monkeypatch.setattr(vgf.Learner, "_can_capture", lambda self: True)
+    streams = Streams(monkeypatch)
+    with count_launches(streams.launched):
+        learner._updates(dataset, 2)
+    fork, join = ("side", "waits for", "main"), ("main", "waits for", "side")
+    assert [entry for entry in streams.log if entry[1] == "waits for"] == [fork, join, fork, join]
+    places = [i for i, entry in enumerate(streams.log) if entry in (fork, join)]
+    parts = [streams.log[i:j] for i, j in itertools.pairwise([0, *places, len(streams.log)])]
+    launches = [
+        {name: [what for *where, what in part if where == [name, "launches"]] for name in ("main", "side")}
+        for part in parts
+    ]
+    # Before the first fork its particles are drawn; after a join nothing is left to do but for the next update.
+    assert launches[0]["main"][0] == "packing_kernel"
+    assert "euler_kernel" in launches[0]["main"]
+    assert [launches[i]["side"] for i in (0, 2, 4)] == [[]] * 3
+    for update, (now, is_last) in enumerate(((launches[1], False), (launches[3], True))):
+        step = now["side"].index("weight_gradient_kernel")
+        assert "euler_kernel" not in now["side"][:step], update
+        # The next particles come from the weights after the step.
+        assert now["side"][step + 1 :] == ([] if is_last else launches[0]["main"]), update
+        assert "euler_kernel" not in now["main"], update
+        assert now["main"].count("flow_step_kernel") == 2, update
+        assert now["main"][-1] == "weight_gradient_kernel", update
+
+
+def test_branches_may_run_in_either_order(dataset, monkeypatch):
+    """Numbers do not depend on whether a branch is through before the other begins, or begins after its end."""
+    monkeypatch.setattr(vgf_fast.learner, "UPDATES_A_REPLAY", 3)
+    monkeypatch.setattr(vgf.Learner, "_can_capture", lambda self: True)
+    results = []
+    # On the CPU a fork does its work at once; the other is the work itself, done when its result is asked for.
+    for fork in (graphs.fork, lambda device, work: work):
+        monkeypatch.setattr(graphs, "fork", fork)
+        learner = vgf.Learner(vgf.VGFPolicy(CONFIG, backend="triton"), TRAIN)
+        metrics = learner._updates(dataset, 3)
+        results.append([*metrics.values(), *learner.policy.parameters(), learner.generator.get_state()])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_pipelined_fit_resumes_exactly(dataset, monkeypatch, tmp_path):
+    """Nothing drawn ahead is left over: saved between replays, resumed with or without them."""
+    monkeypatch.setattr(vgf_fast.learner, "UPDATES_A_REPLAY", 2)
+    whole = vgf.Learner(vgf.VGFPolicy(CONFIG, backend="triton"), TRAIN)
+    whole.fit(dataset, 3, progress=False)
+    for pipelined in (True, False):
+        monkeypatch.setattr(vgf.Learner, "_can_capture", lambda self, pipelined=pipelined: pipelined)
+        first = vgf.Learner(vgf.VGFPolicy(CONFIG, backend="triton"), TRAIN)
+        first.fit(dataset, 2, progress=False)
+        first.save(tmp_path)
+        monkeypatch.setattr(vgf.Learner, "_can_capture", lambda self, pipelined=pipelined: not pipelined)
+        second = vgf.Learner.resume(tmp_path, backend="triton")
+        second.fit(dataset, 1, progress=False)
+        for ours, theirs in zip(second.policy.parameters(), whole.policy.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+class TestFailedRecording:
+    """With a fake of CUDA's part, as PyTorch leaves it where the driver breaks a recording off."""
+
+    class Generator:
+        state = "free"
+
+        def clone_state(self):
+            return self.state
+
+        def graphsafe_set_state(self, state):
+            self.state = state
+
+    @pytest.fixture
+    def cuda(self, monkeypatch):
+        calls = []
+
+        class Graph:
+            def register_generator_state(self, generator):
+                generator.state = "recording"
+
+            def reset(self):
+                calls.append("reset")
+                raise RuntimeError("an illegal state")
+
+        class Recording:
+            def __init__(self, graph, capture_error_mode):
+                calls.append(capture_error_mode)
+
+            def __enter__(self):
+                calls.append("side stream")
+
+            def __exit__(self, *error):
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", Recording)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: "main stream")
+        monkeypatch.setattr(torch.cuda, "set_stream", calls.append)
+        return calls
+
+    def test_stream_and_generators_are_as_before(self, cuda, caplog):
+        generator, cache = self.Generator(), graphs.GraphCache("training")
+        for _ in range(3):
+            (result,) = cache.run(1, lambda t: (t + 1.0,), (torch.ones(2),), generators=[generator])
+            assert torch.equal(result, torch.full((2,), 2.0))
+            assert generator.state == "free"
+        assert cuda == ["thread_local", "side stream", "main stream", "reset"]
+        (record,) = caplog.records
+        assert "training runs without a CUDA graph" in record.message
 
 
 def test_fit_records_anew_when_something_has_moved(dataset, device, recorded, monkeypatch):

@@ -10,14 +10,14 @@ from tolerances import BOUNDS, F32, assert_accurate
 
 pytest.importorskip("triton")
 
-from vgf_fast.kernels import behavior_flow
+from vgf_fast.kernels import sequence
 
 from vgf_fast import reference
 
 
 def draw(module, states, noise, steps, **options):
     with oracle.nan_filled_empty():
-        return behavior_flow.behavior_flow(networks.packed(module), states, noise, steps, **options)
+        return sequence.behavior_flow(networks.packed(module), states, noise, steps, **options)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -28,12 +28,13 @@ def draw(module, states, noise, steps, **options):
     st.booleans(),
     st.sampled_from(["relu", "gelu", "swish"]),
     st.integers(1, 6),
+    st.sampled_from(networks.LAYERS),
     st.integers(0, 2**16),
 )
-def test_any_size(batch, sizes, hidden, layer_norm, activation, steps, seed):
+def test_any_size(batch, sizes, hidden, layer_norm, activation, steps, layers, seed):
     module = networks.velocity(*sizes, hidden, layer_norm, activation, seed)
     states, noise = networks.states_and_actions(*batch, *sizes, seed)
-    x = draw(module, states, noise, steps)
+    x = draw(module, states, noise, steps, layers=layers)
     truth = reference.behavior_flow(networks.exact(module), states.double(), noise.double(), steps)
     assert x.shape == truth.shape
     assert relative_error(x, truth) < BOUNDS["behavior_flow"][F32]
@@ -41,7 +42,7 @@ def test_any_size(batch, sizes, hidden, layer_norm, activation, steps, seed):
 
 @pytest.mark.parametrize(
     ("batch", "sizes", "hidden"),
-    [((2, 128), (512, 64), (33, 17, 40, 16, 9, 24)), ((5, 13), (511, 63), (1024,)), ((2, 3), (3, 64), (1023, 16))],
+    [((2, 128), (512, 128), (33, 17, 40, 16, 9, 24)), ((5, 13), (511, 63), (1024,)), ((2, 3), (3, 64), (1023, 16))],
 )
 def test_the_largest_sizes(batch, sizes, hidden):
     module = networks.velocity(*sizes, hidden, True, "swish", seed=1)

@@ -16,10 +16,18 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "profiling" / "results" / "resources.json"
 # One process each; the halves take about as long.
 TARGETS = (("sm_80", "sm_90"), ("sm_100", "gfx942"))
-SCENARIOS = ("flow bf16", "acting bf16", "training bf16", "particles float32", "nearest bf16", "token flow")
+SCENARIOS = (
+    "flow bf16",
+    "acting bf16",
+    "sizes of one",
+    "training bf16",
+    "particles float32",
+    "nearest bf16",
+    "token flow",
+)
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # Kernels whose time is that of their matrix products: these must be of the unit's full rate.
-HOT = ("flow_step_kernel", "critic_kernel", "behavior_flow_kernel")
+HOT = ("product_kernel",)
 
 
 def run_resources(targets, folder):
@@ -70,9 +78,10 @@ def test_every_kernel_fits(resources, target):
     rows = resources[target]
     assert {row["kernel"] for row in rows} >= {
         *HOT,
-        "mlp_training_kernel",
+        "first_layer_kernel",
+        "head_kernel",
         "weight_gradient_kernel",
-        "svgd_step_kernel",
+        "svgd_kernel",
         "nearest_lists_kernel",
         "nearest_merge_kernel",
         "token_distances_kernel",

@@ -10,7 +10,7 @@ from tolerances import BOUNDS, F32, assert_accurate
 
 pytest.importorskip("triton")
 
-from vgf_fast.kernels import critic, launch
+from vgf_fast.kernels import sequence
 
 from vgf_fast import reference
 
@@ -28,7 +28,7 @@ widths = st.one_of(
 
 def values_and_score(module, states, actions, aggregation, **options):
     with oracle.nan_filled_empty():
-        return critic.values_and_score(networks.packed(module), states, actions, aggregation, **options)
+        return sequence.values_and_score(networks.packed(module), states, actions, aggregation, **options)
 
 
 def truth_and_plain(module, states, actions, aggregation):
@@ -48,12 +48,13 @@ def truth_and_plain(module, states, actions, aggregation):
     st.booleans(),
     st.sampled_from(["relu", "gelu", "swish"]),
     st.sampled_from(["mean", "min"]),
+    st.sampled_from(networks.LAYERS),
     seeds,
 )
-def test_any_size(batch, sizes, hidden, members, layer_norm, activation, aggregation, seed):
+def test_any_size(batch, sizes, hidden, members, layer_norm, activation, aggregation, layers, seed):
     module = networks.critic(*sizes, hidden, members, layer_norm, activation, seed)
     states, actions = networks.states_and_actions(*batch, *sizes, seed)
-    q, score = values_and_score(module, states, actions, aggregation)
+    q, score = values_and_score(module, states, actions, aggregation, layers=layers)
     (q_truth, score_truth), _ = truth_and_plain(module, states, actions, aggregation)
     assert q.shape == q_truth.shape
     assert score.shape == score_truth.shape
@@ -63,7 +64,7 @@ def test_any_size(batch, sizes, hidden, members, layer_norm, activation, aggrega
 
 # states, particles, observation and action dimension, hidden widths: each at its largest, beside odd ones.
 LARGEST = [
-    ((2, 128), (512, 64), (33, 17, 40, 16, 9, 24)),
+    ((2, 128), (512, 128), (33, 17, 40, 16, 9, 24)),
     ((5, 13), (511, 63), (1024,)),
     ((2, 3), (3, 64), (1023, 16)),
 ]
@@ -120,12 +121,12 @@ def test_members_that_agree_share_the_first_ones_gradient():
     assert relative_error(smallest, mean) < BOUNDS["critic_score"][F32]
 
 
-@pytest.mark.parametrize("config", [launch.BlockLaunch(32, 16, 16, 8, 4, 1), launch.BlockLaunch(64, 32, 32, 64, 8, 3)])
-def test_another_configuration_gives_the_same(config):
+@pytest.mark.parametrize("layers", networks.LAYERS)
+def test_another_configuration_gives_the_same(layers):
     module = networks.critic(6, 5, (24, 30, 20))
     states, actions = networks.states_and_actions(9, 5, 6, 5)
     expected = values_and_score(module, states, actions, "mean")
-    result = values_and_score(module, states, actions, "mean", config=config)
+    result = values_and_score(module, states, actions, "mean", layers=layers)
     assert relative_error(result[0], expected[0]) < BOUNDS["critic_value"][F32]
     assert relative_error(result[1], expected[1]) < BOUNDS["critic_score"][F32]
 

@@ -14,7 +14,7 @@ from tolerances import BOUNDS, F32
 
 pytest.importorskip("triton")
 
-from vgf_fast.kernels import behavior_flow, critic, flow_step, svgd
+from vgf_fast.kernels import sequence, svgd
 
 from vgf_fast import reference
 
@@ -31,7 +31,7 @@ shapes = st.one_of(
 
 def flow(module, states, particles, steps, **options):
     with oracle.nan_filled_empty():
-        return flow_step.value_gradient_flow(
+        return sequence.value_gradient_flow(
             networks.packed(module), states, particles, steps, STEP_SIZE, TEMPERATURE, **options
         )
 
@@ -70,12 +70,13 @@ def check_steps(module, states, trajectory, aggregation, optimizer, **modes):
     st.sampled_from(["gelu", "swish"]),
     st.sampled_from(["mean", "min"]),
     st.booleans(),
+    st.sampled_from(networks.LAYERS),
     st.integers(0, 2**16),
 )
-def test_any_size(shape, sizes, hidden, members, layer_norm, activation, aggregation, repulsion, seed):
+def test_any_size(shape, sizes, hidden, members, layer_norm, activation, aggregation, repulsion, layers, seed):
     module = networks.critic(*sizes, hidden, members, layer_norm, activation, seed)
     states, particles = networks.states_and_actions(*shape, *sizes, seed)
-    options = {"q_aggregation": aggregation, "repulsion": repulsion, "optimizer": "ascent"}
+    options = {"q_aggregation": aggregation, "repulsion": repulsion, "optimizer": "ascent", "layers": layers}
     result = flow(module, states, particles, 2, return_trajectory=True, **options)
     assert torch.equal(result.trajectory[0], particles)
     assert torch.equal(result.trajectory[-1], result.particles)
@@ -87,7 +88,7 @@ def test_any_size(shape, sizes, hidden, members, layer_norm, activation, aggrega
 
 @pytest.mark.parametrize(
     ("shape", "sizes", "hidden"),
-    [((2, 128), (512, 64), (33, 17, 40, 16, 9, 24)), ((3, 21), (511, 63), (1023,))],
+    [((2, 128), (512, 128), (33, 17, 40, 16, 9, 24)), ((3, 21), (511, 63), (1023,))],
 )
 def test_the_largest_sizes(shape, sizes, hidden):
     module = networks.critic(*sizes, hidden, 2, True, "swish", seed=1)
@@ -122,11 +123,11 @@ def test_every_mode(aggregation, bandwidth_gradient, optimizer):
 
 @pytest.mark.parametrize("particles", [1, 2, 10, 40])
 def test_equal_to_the_step_kernel(particles):
-    """The block's own SVGD step against the kernel of one state a program, on the very same scores."""
+    """The flow step against the SVGD step by itself, on the very same scores."""
     module = networks.critic(5, 3, (16, 16), seed=5)
     states, x = networks.states_and_actions(5, particles, 5, 3, seed=6)
     result = flow(module, states, x, 1, bandwidth_gradient=True)
-    _, score = critic.values_and_score(networks.packed(module), states, x)
+    _, score = sequence.values_and_score(networks.packed(module), states, x)
     moved = x.clone()
     m, v = torch.zeros_like(x), torch.zeros_like(x)
     svgd.svgd_step_(moved, score, m, v, 1, STEP_SIZE, TEMPERATURE, True)
@@ -140,7 +141,7 @@ def test_td_target_by_another_critic(steps, aggregation, reduce):
     states, particles = networks.states_and_actions(8, 10, 5, 3)
     # Columns of the states, strided as a dataset's fields are.
     rewards, masks = states[:, 0], (states > 0.0).float()[:, 1]
-    epilogue = flow_step.TDTarget(rewards, masks, 0.9, aggregation, reduce)
+    epilogue = sequence.TDTarget(rewards, masks, 0.9, aggregation, reduce)
     result = flow(module, states, particles, steps, evaluator=networks.packed(target), epilogue=epilogue)
     q = reference.CriticAtStates(networks.exact(target), states.double()).values(result.particles.double())
     truth = reference.td_target(q, rewards.double(), masks.double(), 0.9, aggregation, reduce)
@@ -154,7 +155,7 @@ def test_selection(steps, mode):
     module = networks.critic(5, 3, (24, 24), seed=1)
     states, particles = networks.states_and_actions(15, 10, 5, 3)
     uniform = torch.linspace(0.01, 0.99, 15, device=networks.DEVICE)
-    epilogue = flow_step.Select(mode, 0.3, None if mode == "max" else uniform, "min")
+    epilogue = sequence.Select(mode, 0.3, None if mode == "max" else uniform, "min")
     result = flow(module, states, particles, steps, epilogue=epilogue)
     values = reference.aggregate(result.q, "min")
     action, index = reference.select_particle(result.particles, values, mode, 0.3, uniform)
@@ -199,7 +200,7 @@ def test_the_releases_flow(name, record_property):
     meta, module = release.meta, release.critic.to(networks.DEVICE)
     states = release["obs"].to(networks.DEVICE)
     with oracle.nan_filled_empty():
-        result = flow_step.value_gradient_flow(
+        result = sequence.value_gradient_flow(
             networks.packed(module),
             states,
             release["particles"][0].to(networks.DEVICE),
@@ -254,9 +255,9 @@ class TestBadInput:
     def check(self, kernel, states, rows, message, module=MODULE, velocity=VELOCITY):
         critic_weights, velocity = networks.packed(module), networks.packed(velocity)
         launchers = {
-            "critic": lambda: critic.values_and_score(critic_weights, states, rows),
-            "flow": lambda: flow_step.value_gradient_flow(critic_weights, states, rows, 1, STEP_SIZE, TEMPERATURE),
-            "behavior_flow": lambda: behavior_flow.behavior_flow(velocity, states, rows, 1),
+            "critic": lambda: sequence.values_and_score(critic_weights, states, rows),
+            "flow": lambda: sequence.value_gradient_flow(critic_weights, states, rows, 1, STEP_SIZE, TEMPERATURE),
+            "behavior_flow": lambda: sequence.behavior_flow(velocity, states, rows, 1),
         }
         with pytest.raises(ValueError, match=message):
             launchers[kernel]()
@@ -265,9 +266,9 @@ class TestBadInput:
         states, rows = self.inputs()
         critic_weights, velocity = networks.packed(self.MODULE), networks.packed(self.VELOCITY)
         with pytest.raises(ValueError, match="expected a critic's one"):
-            critic.values_and_score(velocity, states, rows)
+            sequence.values_and_score(velocity, states, rows)
         with pytest.raises(ValueError, match="mlp has 1 outputs, expected one an action entry, 3"):
-            behavior_flow.behavior_flow(critic_weights, states, rows, 1)
+            sequence.behavior_flow(critic_weights, states, rows, 1)
         other = networks.packed(networks.critic(6, 3, (40,)))
         with pytest.raises(ValueError, match="evaluator has weights of shape"):
             flow(self.MODULE, states, rows, 1, evaluator=other)
@@ -275,9 +276,9 @@ class TestBadInput:
     def test_what_the_choice_needs(self):
         states, rows = self.inputs()
         with pytest.raises(ValueError, match="uniform is None"):
-            flow(self.MODULE, states, rows, 1, epilogue=flow_step.Select("softmax"))
+            flow(self.MODULE, states, rows, 1, epilogue=sequence.Select("softmax"))
         with pytest.raises(ValueError, match="rewards has shape"):
-            flow(self.MODULE, states, rows, 1, epilogue=flow_step.TDTarget(states, states, 0.9))
+            flow(self.MODULE, states, rows, 1, epilogue=sequence.TDTarget(states, states, 0.9))
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -287,29 +288,29 @@ class TestBadInput:
             ({"steps": -1}, "steps is -1, expected an integer >= 0"),
             ({"temperature": 0.0}, "temperature is 0.0, expected a number > 0"),
             (
-                {"epilogue": flow_step.Select("best")},
+                {"epilogue": sequence.Select("best")},
                 "epilogue.mode is 'best', expected 'max' or 'softmax'",
             ),
-            ({"epilogue": flow_step.Select(temperature=-1.0)}, "epilogue.temperature is -1.0, expected a number > 0"),
-            ({"epilogue": flow_step.Select(q_aggregation="max")}, "epilogue.q_aggregation is 'max', expected"),
+            ({"epilogue": sequence.Select(temperature=-1.0)}, "epilogue.temperature is -1.0, expected a number > 0"),
+            ({"epilogue": sequence.Select(q_aggregation="max")}, "epilogue.q_aggregation is 'max', expected"),
             (
-                {"epilogue": flow_step.Select("random", uniform=torch.zeros(4, dtype=torch.float64))},
+                {"epilogue": sequence.Select("random", uniform=torch.zeros(4, dtype=torch.float64))},
                 "uniform has dtype torch.float64, expected torch.float32",
             ),
             (
-                {"epilogue": flow_step.Select("random", uniform=torch.zeros(4, device="meta"))},
+                {"epilogue": sequence.Select("random", uniform=torch.zeros(4, device="meta"))},
                 "uniform is on meta, expected",
             ),
             (
-                {"epilogue": flow_step.TDTarget(torch.zeros(4), torch.zeros(4).int(), 0.9)},
+                {"epilogue": sequence.TDTarget(torch.zeros(4), torch.zeros(4).int(), 0.9)},
                 "masks has dtype torch.int32, expected",
             ),
             (
-                {"epilogue": flow_step.TDTarget(torch.zeros(4), torch.zeros(4, device="meta"), 0.9)},
+                {"epilogue": sequence.TDTarget(torch.zeros(4), torch.zeros(4, device="meta"), 0.9)},
                 "masks is on meta, expected",
             ),
             (
-                {"epilogue": flow_step.TDTarget(torch.zeros(4), torch.zeros(4), 0.9, reduce="median")},
+                {"epilogue": sequence.TDTarget(torch.zeros(4), torch.zeros(4), 0.9, reduce="median")},
                 "epilogue.reduce is 'median', expected 'mean' or 'max'",
             ),
         ],
@@ -325,7 +326,7 @@ class TestBadInput:
             }
         arguments = {"steps": 1, "step_size": STEP_SIZE, "temperature": TEMPERATURE} | options
         with pytest.raises(ValueError, match=message):
-            flow_step.value_gradient_flow(networks.packed(self.MODULE), *self.inputs(), **arguments)
+            sequence.value_gradient_flow(networks.packed(self.MODULE), *self.inputs(), **arguments)
 
     @pytest.mark.parametrize("kernel", ["critic", "behavior_flow", "flow"])
     def test_devices(self, kernel):
@@ -343,15 +344,15 @@ class TestBadInput:
         ):
             place = seed if seed.device.type == "meta" else seed.to(networks.DEVICE)
             with pytest.raises(ValueError, match=message):
-                behavior_flow.behavior_flow(velocity, states, None, 1, particles=5, seed=place)
+                sequence.behavior_flow(velocity, states, None, 1, particles=5, seed=place)
         with pytest.raises(ValueError, match="q_aggregation is 'max', expected 'mean' or 'min'"):
-            critic.values_and_score(critic_weights, states, rows, "max")
+            sequence.values_and_score(critic_weights, states, rows, "max")
 
     @pytest.mark.parametrize("kernel", ["critic", "behavior_flow", "flow"])
     @pytest.mark.parametrize(
         ("action_dim", "width", "message"),
         [
-            (65, 16, "has 65 columns, expected at most 64"),
+            (129, 16, "has 129 columns, expected at most 128"),
             (3, 1025, "the widest hidden layer takes 2048 columns, expected 1024 or less"),
         ],
     )

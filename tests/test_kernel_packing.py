@@ -48,7 +48,7 @@ def assert_packed(stack, packed, dtype):
             truth[tuple(slice(size) for size in source.shape)] = source.to(target.dtype)
             assert torch.equal(target, truth), name
     assert packed.dtype == dtype
-    assert packed.widths.tolist() == hidden
+    assert packed.hidden_dims == tuple(hidden)
     assert packed.padded_width >= max(*hidden, 16)
     assert math.log2(packed.padded_width).is_integer()
 
@@ -84,6 +84,16 @@ def test_dtypes_that_pytorch_packs_in_the_interpreter(dtype, device):
     with nan_filled_empty():
         packed = packing.pack(*stack, dtype=dtype)
     assert_packed(stack, packed, dtype)
+
+
+def test_bfloat16_parameters_take_one_launch(device):
+    """A policy cast to bfloat16 packs its weights at every action."""
+    stack = make_stack(torch.Generator().manual_seed(0), 2, 6, (5, 17), 3, 4, 1, True, device)
+    groups = [[tensor.to(torch.bfloat16) for tensor in group] for group in stack[:4]]
+    with nan_filled_empty(), count_launches() as launches:
+        packed = packing.pack(*groups, *stack[4:], dtype=torch.bfloat16)
+    assert launches == ["packing_kernel"]
+    assert_packed(packing.Stack(*groups, *stack[4:]), packed, torch.bfloat16)
 
 
 def test_changed_parameters_are_packed_afresh_into_the_same_memory(device):

@@ -19,6 +19,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODES = {
     "paper": {},
     "release": {"bandwidth_gradient": True},
+    "imq": {"kernel": "imq"},
+    "imq_release": {"kernel": "imq", "bandwidth_gradient": True},
     "simplified": {"repulsion": False},
     "simplified_release": {"repulsion": False, "bandwidth_gradient": True},
 }
@@ -247,10 +249,11 @@ class TestOps:
     @pytest.mark.parametrize("batch", [0, 3])
     def test_registration(self, batch):
         x, g, m, v = (normal(batch, 5, 3, seed=i).abs() for i in range(4))
-        torch.library.opcheck(torch.ops.vgf_fast.svgd_direction, (x, g, *self.ARGUMENTS))
-        adam_arguments = (x, g, m, v, 1, 0.1, *self.ARGUMENTS, -1.0, 1.0)
+        torch.library.opcheck(torch.ops.vgf_fast.svgd_direction, (x, g, *self.ARGUMENTS, "rbf"))
+        adam_arguments = (x, g, m, v, 1, 0.1, *self.ARGUMENTS, "rbf", "adam", -1.0, 1.0)
         torch.library.opcheck(torch.ops.vgf_fast.svgd_step_, adam_arguments)
-        torch.library.opcheck(torch.ops.vgf_fast.svgd_step_, (x, g, None, None, *adam_arguments[4:]))
+        ascent_arguments = (x, g, None, None, 1, 0.1, *self.ARGUMENTS, "imq", "ascent", -1.0, 1.0)
+        torch.library.opcheck(torch.ops.vgf_fast.svgd_step_, ascent_arguments)
 
     def test_compile_without_a_graph_break(self):
         def two_steps(x, g):
@@ -281,7 +284,7 @@ class TestErrors:
             ({"particles": torch.zeros(3, 4)}, r"particles has shape \(3, 4\), expected \(B, N, A\)"),
             ({"particles": torch.zeros(1, 129, 2)}, "particles is 129 a state, expected 1 to 128"),
             ({"particles": torch.zeros(1, 0, 2)}, "particles is 0 a state, expected 1 to 128"),
-            ({"particles": torch.zeros(1, 5, 65)}, "particles has 65 columns, expected 1 to 64"),
+            ({"particles": torch.zeros(1, 5, 129)}, "particles has 129 columns, expected 1 to 128"),
             ({"score": torch.zeros(1, 5, 3)}, r"score has shape \(1, 5, 3\), expected \(2, 5, 3\)"),
             ({"score": torch.zeros(2, 5, 3).double()}, r"score has dtype torch.float64, expected torch.float32 or"),
             ({"temperature": 0.0}, "temperature is 0.0, expected a number > 0"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from launches import count_launches
 from release import DATA, below, relative_error
+from test_kernel_training import training_launches
 from test_learner import CONFIG, TRAIN, make_batch, state_of
 from tolerances import BOUNDS, F32
 
@@ -19,7 +20,6 @@ pytest.importorskip("triton")
 
 # Unused columns of a tile hold whatever was in memory, and the interpreter warns where a GPU is silent.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-TRAINING = ("mlp_training_kernel", "weight_gradient_kernel")
 
 
 def learners(config=CONFIG, train=TRAIN, **options):
@@ -96,12 +96,16 @@ def test_as_on_the_torch_backend(policy, train, fused_optimizer):
     assert_same_training(kernels, plain)
 
 
-def test_training_takes_five_launches():
+def test_launches_of_training():
+    """4 D - 1 a network, the critic's first; and one to pack all of them."""
     learner, _ = learners()
     with count_launches() as launches:
         learner.update(make_batch(), make_noise())
-    assert [name for name in launches if name in TRAINING] == list(TRAINING) * 2
-    assert launches.count("packing_kernel") <= 2
+    depths = len(CONFIG.hidden_dims), len(CONFIG.behavior_hidden_dims)
+    passes = [name for depth in depths for name in training_launches(depth)]
+    assert launches[-len(passes) :] == passes
+    assert launches.count("packing_kernel") == 1
+    assert launches.count("weight_gradient_kernel") == 2
 
 
 def test_a_batch_of_one():

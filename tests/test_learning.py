@@ -10,7 +10,8 @@ h5py = pytest.importorskip("h5py")
 gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("ogbench")
 
-from profiling import learning, locomotion, report  # noqa: E402
+from profiling import learning, locomotion, tables  # noqa: E402
+from profiling.tables import learned  # noqa: E402
 from vgf_fast.data import d4rl  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
@@ -150,20 +151,20 @@ class Found:
 
 
 def test_the_table_says_where_the_flow_does_not_win(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "REPOSITORY", tmp_path)
-    assert report.learned(tmp_path) == report.online(tmp_path) == "Not yet measured."
+    monkeypatch.setattr(tables, "REPOSITORY", tmp_path)
+    assert learned.learned(tmp_path) == learned.online(tmp_path) == "Not yet measured."
     for task, gain in (("one", 2.0), ("two", 0.5), ("three", -3.0)):
         Found(task, gain).write(tmp_path)
-    text = report.learned(tmp_path)
+    text = learned.learned(tmp_path)
     assert "|  | one, success, % | three, success, % | two, success, % |" in text
     assert "| VGF, best L by these numbers | L = 5: 6.0 (5.0 to 7.0) |" in text
     assert "| +2.0 (1.0 to 3.0) | -3.0 (-4.0 to -2.0) | +0.5 (-0.5 to 1.5) |" in text
     assert "The L of the training beats best of N in one. " in text
-    assert "The L of the training loses to best of N in three. The interval of its gain holds 0 in two." in text
+    assert "The L of the training loses to best of N in three. The interval of its gain includes 0 in two." in text
     assert "(one: nothing was tried; three: nothing was tried; two: nothing was tried)" in text
     assert "| seeds, episodes each | 3, 25 | 3, 25 | 3, 25 |" in text
     scores = {str(step): {"L=3": {"mean": step, "low": 0.0, "high": 9.0, "scores": [step]}} for step in (0, 5000)}
     online = {"task": "one", "metric": "success, %", "seeds": [0], "command": "python -m it", "scores": scores}
     (tmp_path / "one-online.json").write_text(json.dumps(online))
-    assert report.learned(tmp_path) == text
-    assert "| 5,000 | 5000.0 (0.0 to 9.0) |" in report.online(tmp_path)
+    assert learned.learned(tmp_path) == text
+    assert "| 5,000 | 5000.0 (0.0 to 9.0) |" in learned.online(tmp_path)

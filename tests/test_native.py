@@ -248,7 +248,8 @@ def test_where_it_is_taken():
 
 
 CONSTANTS = (0.9, 0.999, 1e-8, 1e-12, 1e-6)
-MODES = [(False, True), (True, True), (False, False)]  # of bandwidth_gradient and repulsion
+# bandwidth_gradient, repulsion and the particle kernel
+MODES = [(False, True, "rbf"), (True, True, "rbf"), (False, False, "rbf"), (False, True, "imq"), (True, True, "imq")]
 
 
 def draw(states, particles, action_dim, seed, clumps=0):
@@ -260,7 +261,7 @@ def draw(states, particles, action_dim, seed, clumps=0):
 
 
 def moved(x, score, mode, optimizer="adam", step_size=0.1, temperature=0.3, steps=1):
-    flow = native.FlowSteps(x.clone(), step_size, temperature, *mode, optimizer, CONSTANTS)
+    flow = native.FlowSteps(x.clone(), step_size, temperature, *mode[:2], optimizer, mode[2], CONSTANTS)
     for _ in range(steps):
         flow.step(score)
     return flow
@@ -292,13 +293,13 @@ def test_direction(states, particles, action_dim, clumps, mode, temperature, see
 def test_steps_of_particles(states, particles, mode, optimizer):
     """Three steps, each from where the one before ended."""
     x, score = draw(states, particles, 5, 1)
-    flow = native.FlowSteps(x.clone(), 0.05, 0.3, *mode, optimizer, CONSTANTS)
+    flow = native.FlowSteps(x.clone(), 0.05, 0.3, *mode[:2], optimizer, mode[2], CONSTANTS)
     exact, moments = x.double(), [torch.zeros(x.shape, dtype=torch.float64) for _ in range(2)]
     for step in range(1, 4):
         before = flow.x.double()
         exact.copy_(before)
         flow.step(score)
-        reference.svgd_step_(exact, score.double(), *moments, step, 0.05, 0.3, *mode, optimizer)
+        reference.svgd_step_(exact, score.double(), *moments, step, 0.05, 0.3, *mode[:2], optimizer, mode[2])
         # Adam divides by the root of a square: next to zero, rounding decides.
         truth = oracle.svgd_direction(before, score, 0.3, *mode)
         clear = truth.phi.abs() > 1e-4 * truth.scale
@@ -333,7 +334,7 @@ def test_threads_move_particles_alike(monkeypatch):
     found = []
     for threads in (1, 2, 5):
         monkeypatch.setattr(native, "threads_for", lambda products, threads=threads: threads)
-        found.append(moved(x, score, (True, True), steps=3).x)
+        found.append(moved(x, score, (True, True, "rbf"), steps=3).x)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
@@ -430,7 +431,7 @@ def test_on_a_cpu_of_narrower_vectors(fresh, monkeypatch, without):
     )
     x, score = draw(3, 10, 3, 0)
     truth = oracle.svgd_direction(x, score, 0.3)
-    phi = moved(x, score, (False, True)).moments[0] / (1.0 - CONSTANTS[0])
+    phi = moved(x, score, (False, True, "rbf")).moments[0] / (1.0 - CONSTANTS[0])
     assert ((phi.double() - truth.phi).abs() <= BOUNDS["svgd_direction"][F32] * truth.scale).all()
 
 

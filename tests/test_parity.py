@@ -32,7 +32,7 @@ def test_every_flow_step(flow):
     for step in range(meta["L"]):
         particles, score = flow["particles"][step], flow["score"][step]
         assert relative_error(critic.values_and_score(particles, meta["vgf_q_agg"])[1], score) < BOUND
-        assert relative_error(reference.rbf_kernel(particles)[0], flow["kernel"][step]) < BOUND
+        assert relative_error(reference.kernel_matrix(particles)[0], flow["kernel"][step]) < BOUND
         phi = reference.svgd_direction(particles, score, meta["alpha"])
         assert relative_error(phi, flow["phi"][step]) < BOUND
         phi = reference.svgd_direction(particles, score, meta["alpha"], bandwidth_gradient=True)

@@ -154,8 +154,8 @@ def test_every_task_of_the_paper_is_whole(name):
         found = preset(name + one)
         # Everything that the release's scripts say is written, and nothing is left to a default by oversight.
         assert set(VGFConfig.from_dict(found.policy).to_dict()) - set(found.policy) <= {
-            "repulsion", "bandwidth_gradient", "amortized", "gaussian_tanh", "selection_temperature", "action_low",
-            "action_high",
+            "kernel", "repulsion", "bandwidth_gradient", "amortized", "gaussian_tanh", "selection_temperature",
+            "action_low", "action_high",
         }  # fmt: skip
         assert set(TrainConfig.from_dict(found.train).to_dict()) - set(found.train) <= {
             "expectile", "normalize_score", "max_gradient_norm", "precision", "seed",

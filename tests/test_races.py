@@ -10,14 +10,13 @@ import triton
 import triton.language as tl
 from races import Race, race_detector
 from triton.runtime.errors import InterpreterError
-from vgf_fast.kernels import behavior_flow, critic, flow_step, launch, svgd
+from vgf_fast.kernels import launch, sequence, svgd
 
 import vgf_fast as vgf
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of the interpreter")
 # Several tiles of rows and columns and several chunks of a sum, as at full size.
-CONFIG = launch.BlockLaunch(block_m=16, block_n=32, block_k=16, rows=4, num_warps=4, num_stages=1)
-# Three states a block, and one left over.
+LAYERS = {"many": launch.Layers(False, launch.ProductTile(16, 32, 16, 4, 1), 4), "few": launch.Layers(True)}
 STATES, ACTIONS = networks.states_and_actions(4, 5, 6, 3)
 
 
@@ -25,20 +24,20 @@ def critic_of(layer_norm):
     return networks.packed(networks.critic(6, 3, (40, 64, 40), layer_norm=layer_norm, activation="gelu"))
 
 
-def run_critic(layer_norm):
-    critic.values_and_score(critic_of(layer_norm), STATES, ACTIONS, "min", config=CONFIG)
+def run_critic(layer_norm, layers):
+    sequence.values_and_score(critic_of(layer_norm), STATES, ACTIONS, "min", layers=layers)
 
 
-def run_behavior_flow(layer_norm):
+def run_behavior_flow(layer_norm, layers):
     mlp = networks.packed(networks.velocity(6, 3, (40, 64, 40), layer_norm))
-    behavior_flow.behavior_flow(mlp, STATES, ACTIONS, 3, config=CONFIG)
+    sequence.behavior_flow(mlp, STATES, ACTIONS, 3, layers=layers)
 
 
-def run_flow(layer_norm):
-    target = flow_step.TDTarget(STATES[:, 0], STATES[:, 1], 0.9)
-    # Two steps, so that moments are read again; what ends them is a kernel of its own.
-    for steps, epilogue in ((2, flow_step.Select()), (0, target)):
-        flow_step.value_gradient_flow(
+def run_flow(layer_norm, layers):
+    target = sequence.TDTarget(STATES[:, 0], STATES[:, 1], 0.9)
+    # Two steps, so that moments are read again and particles move in place.
+    for steps, epilogue, trajectory in ((2, sequence.Select(), False), (1, None, True), (0, target, False)):
+        sequence.value_gradient_flow(
             critic_of(layer_norm),
             STATES,
             ACTIONS,
@@ -46,27 +45,27 @@ def run_flow(layer_norm):
             0.1,
             0.5,
             bandwidth_gradient=True,
-            return_trajectory=True,
+            return_trajectory=trajectory,
             epilogue=epilogue,
-            config=CONFIG,
+            layers=layers,
         )
 
 
 KERNELS = {"critic": run_critic, "behavior_flow": run_behavior_flow, "flow": run_flow}
 
 
+@pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("layer_norm", [True, False])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_networks(kernel, layer_norm):
+def test_networks(kernel, layer_norm, layers):
     with race_detector():
-        KERNELS[kernel](layer_norm)
+        KERNELS[kernel](layer_norm, LAYERS[layers])
 
 
-@pytest.mark.parametrize("layer_norm", [True, False])
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_without_barriers_every_one_of_them_races(kernel, layer_norm):
+def test_a_flow_races_without_barriers():
+    """All other kernels of the networks leave nothing in memory for other threads of their program."""
     with race_detector(barriers=False), pytest.raises((Race, InterpreterError), match="Race"):
-        KERNELS[kernel](layer_norm)
+        run_flow(True, LAYERS["few"])
 
 
 def test_particle_step():

@@ -131,7 +131,7 @@ def test_the_trained_forward_pass_has_the_gradients_of_plain_layers():
                 assert relative_error(ours, plain) < 1e-11
 
 
-def release_direction(x, score, temperature, bandwidth_gradient):
+def release_direction(x, score, temperature, bandwidth_gradient, kernel="rbf"):
     """phi as defined: automatic gradient of sum_ij K(x_i, stop(x_j)), with the median in it or held constant."""
     batch, n, _ = x.shape
     leaf = x.clone().requires_grad_()
@@ -140,20 +140,29 @@ def release_direction(x, score, temperature, bandwidth_gradient):
     median = (ordered[:, (n * n - 1) // 2] + ordered[:, n * n // 2]) / 2
     h = (median if bandwidth_gradient else median.detach()) / (2 * math.log(n + 1))
     gamma = 1 / (1e-6 + 2 * torch.where(h > 1e-12, h, torch.full_like(h, 1e-12)))
-    kernel = torch.exp(-gamma.view(-1, 1, 1) * distances)
-    kernel.sum().backward()
-    return (kernel.detach() @ score / temperature - leaf.grad) / n
+    scaled = gamma.view(-1, 1, 1) * distances
+    matrix = torch.exp(-scaled) if kernel == "rbf" else (1 + scaled) ** -0.5
+    matrix.sum().backward()
+    return (matrix.detach() @ score / temperature - leaf.grad) / n
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(0, 4), st.integers(1, 13), st.integers(1, 5), st.booleans(), st.floats(0.05, 2.0), st.integers(0, 999)
+    st.integers(0, 4),
+    st.integers(1, 13),
+    st.integers(1, 5),
+    st.booleans(),
+    st.sampled_from(["rbf", "imq"]),
+    st.floats(0.05, 2.0),
+    st.integers(0, 999),
 )
-def test_svgd_direction_equals_automatic_differentiation(batch, n, width, bandwidth_gradient, temperature, seed):
+def test_svgd_direction_equals_automatic_differentiation(
+    batch, n, width, bandwidth_gradient, kernel, temperature, seed
+):
     generator = torch.Generator().manual_seed(seed)
     x, score = (torch.randn(batch, n, width, generator=generator, dtype=F64) for _ in range(2))
-    phi = reference.svgd_direction(x, score, temperature, bandwidth_gradient)
-    assert relative_error(phi, release_direction(x, score, temperature, bandwidth_gradient)) < 1e-9
+    phi = reference.svgd_direction(x, score, temperature, bandwidth_gradient, kernel=kernel)
+    assert relative_error(phi, release_direction(x, score, temperature, bandwidth_gradient, kernel)) < 1e-9
 
 
 @pytest.mark.parametrize("n", [4, 5, 8, 10])
@@ -169,7 +178,7 @@ def test_svgd_direction_with_tied_distances(n):
 
 def test_simplified_direction_is_the_kernel_mean_of_the_score():
     x, score = torch.randn(2, 3, 6, 4, dtype=F64).unbind()
-    kernel, _, _ = reference.rbf_kernel(x)
+    kernel, _, _ = reference.kernel_matrix(x)
     phi = reference.svgd_direction(x, score, 0.1, repulsion=False)
     assert relative_error(phi, torch.einsum("bij,bja->bia", kernel, score) / 6) < 1e-12
 

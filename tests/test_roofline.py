@@ -8,7 +8,7 @@ import torch
 from test_profiling import run_module, tiny_flags
 
 from profiling import roofline
-from profiling.registry import OPS
+from profiling.ops.registry import OPS
 from profiling.roofline import H200, Ceilings, Placed, Work
 from profiling.worker import Sizes
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "triton", "torch"]
 MAX_KERNEL_PARTICLES = 128
-MAX_KERNEL_ACTION_DIM = 64
+MAX_KERNEL_ACTION_DIM = 128
 MAX_KERNEL_WIDTH = 1024  # of hidden layers
 _PARTICLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
@@ -148,10 +148,10 @@ def critic_value_and_score(
     if not _runs_kernels(backend, critic, actions):
         at_states = reference.critic_at_states(critic, observations, actions.shape[1])
         return at_states.values_and_score(actions, q_aggregation)
-    from vgf_fast.kernels import critic as kernel
+    from vgf_fast.kernels import sequence
 
     packed = _pack("critic", critic, observations.shape[1], actions.shape[2])
-    return kernel.values_and_score(packed, observations.detach(), actions.detach(), q_aggregation)
+    return sequence.values_and_score(packed, observations.detach(), actions.detach(), q_aggregation)
 
 
 @neutral
@@ -160,10 +160,10 @@ def behavior_flow(velocity: MLPWeights, observations: Tensor, noise: Tensor, ste
     """Particles [B, N, A]: observations [B, O], noise [B, N, A] in float32 at least."""
     if not _runs_kernels(backend, velocity, noise):
         return reference.behavior_flow(velocity, observations, noise, steps)
-    from vgf_fast.kernels import behavior_flow as kernel
+    from vgf_fast.kernels import sequence
 
     packed = _pack("velocity", velocity, observations.shape[1], noise.shape[2])
-    return kernel.behavior_flow(packed, observations.detach(), noise.detach(), steps)
+    return sequence.behavior_flow(packed, observations.detach(), noise.detach(), steps)
 
 
 @neutral
@@ -179,6 +179,7 @@ def value_gradient_flow(
     bandwidth_gradient: bool,
     repulsion: bool,
     optimizer: str,
+    kernel: str,
     return_trajectory: bool,
     evaluate: bool,
     backend: str,
@@ -187,9 +188,9 @@ def value_gradient_flow(
     budget = (steps, step_size, temperature)
     options = (*budget, q_aggregation, bandwidth_gradient, repulsion, optimizer, return_trajectory, evaluate)
     if not _runs_kernels(backend, critic, particles):
-        return reference.value_gradient_flow(critic, observations, particles, *options)
-    from vgf_fast.kernels import flow_step as kernel
+        return reference.value_gradient_flow(critic, observations, particles, *options, kernel=kernel)
+    from vgf_fast.kernels import sequence
 
     packed = _pack("critic", critic, observations.shape[1], particles.shape[2])
-    result = kernel.value_gradient_flow(packed, observations.detach(), particles.detach(), *options)
+    result = sequence.value_gradient_flow(packed, observations.detach(), particles.detach(), *options, kernel=kernel)
     return FlowResult(result.particles, result.q, result.trajectory)

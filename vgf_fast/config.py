@@ -17,6 +17,7 @@ Aggregation = Literal["mean", "min"]
 Behavior = Literal["flow", "gaussian"]
 CriticLoss = Literal["td", "expectile", "sql"]
 ParticleOptimizer = Literal["adam", "ascent"]
+ParticleKernel = Literal["rbf", "imq"]
 Precision = Literal["float32", "bfloat16"]
 Selection = Literal["max", "softmax", "random"]
 TargetReduce = Literal["mean", "max"]
@@ -164,6 +165,7 @@ class VGFConfig:
     train_budget: TransportBudget = TransportBudget()  # how far particles move for the TD target
     test_budget: TransportBudget = TransportBudget()  # how far they move when acting
     particle_optimizer: ParticleOptimizer = "adam"  # "ascent" is the paper's equation, "adam" its experiments
+    kernel: ParticleKernel = "rbf"  # between particles; "imq" is the inverse multiquadric, of the same median bandwidth
     repulsion: bool = True  # False: the paper's simplified direction, alpha -> 0 and no repulsion
     amortized: bool = False  # AVGF: a network of the critic's widths, trained on its scores, moves the particles
     bandwidth_gradient: bool = False  # True: differentiate the median bandwidth too, as the public release does
@@ -181,6 +183,7 @@ class VGFConfig:
         settle(self, choice, ["behavior"], get_args(Behavior))
         settle(self, choice, ["flow_q_aggregation", "target_q_aggregation"], get_args(Aggregation))
         settle(self, choice, ["particle_optimizer"], get_args(ParticleOptimizer))
+        settle(self, choice, ["kernel"], get_args(ParticleKernel))
         settle(self, choice, ["selection"], get_args(Selection))
         settle(self, real, ["selection_temperature"], SMALLEST, LARGEST)
         if self.amortized and self.particle_optimizer != "adam":

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vgf_fast import backends, reference
 from vgf_fast.common.ambient import neutral
-from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights
+from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights, activation
 from vgf_fast.reference import ADAM_BETA1, ADAM_BETA2, ADAM_EPS
 
 MODES = ("none", "identity", "exact")
@@ -45,10 +45,7 @@ def _perceptrons(mlp: MLPWeights, states: Tensor, rest: Tensor) -> Tensor:
             h = torch.baddbmm(biases[i], h, mlp.weights[i])
         if scales:
             h = F.layer_norm(h, h.shape[-1:], eps=LAYER_NORM_EPS) * scales[i] + shifts[i]
-        if mlp.activation == "relu":
-            h = F.relu(h)
-        else:
-            h = F.silu(h) if mlp.activation == "swish" else F.gelu(h, approximate="tanh")
+        h = activation(mlp.activation).apply(h)
     return torch.baddbmm(biases[-1], h, mlp.weights[-1]).unflatten(1, rest.shape[:2])
 
 
@@ -85,20 +82,23 @@ class _Flow(NamedTuple):
     bandwidth_gradient: bool
     repulsion: bool
     optimizer: str
+    kernel: str
 
     def direction(self, x: Tensor, score: Tensor) -> Tensor:
         """``reference.svgd_direction`` of particles and score [B, N, A]."""
         distances = (x.unsqueeze(2) - x.unsqueeze(1)).square().sum(dim=3)
         bandwidth = reference.median_bandwidth(distances)
-        kernel = torch.exp(-bandwidth.gamma * distances)
+        particle_kernel = reference.PARTICLE_KERNELS[self.kernel]
+        kernel = particle_kernel.matrix(distances, bandwidth.gamma)
         attraction = kernel @ score
         if not self.repulsion:
             return attraction / x.shape[1]
         y = x - x[:, :1]
-        drift = y * kernel.sum(dim=2, keepdim=True) - kernel @ y
-        phi = attraction / self.temperature + 2.0 * bandwidth.gamma * drift
+        weights, slope = particle_kernel.slope(kernel, bandwidth.gamma)
+        drift = y * weights.sum(dim=2, keepdim=True) - weights @ y
+        phi = attraction / self.temperature + slope * drift
         if self.bandwidth_gradient:
-            phi = phi + reference.bandwidth_term(x, kernel, distances, bandwidth)
+            phi = phi + reference.bandwidth_term(x, weights, slope, distances, bandwidth)
         return phi / x.shape[1]
 
     def step(self, critic: MLPWeights, number: int, states: Tensor, x: Tensor, *moments: Tensor) -> tuple[Tensor, ...]:
@@ -359,6 +359,7 @@ def flow_op(
     bandwidth_gradient: bool,
     repulsion: bool,
     optimizer: str,
+    kernel: str,
     return_trajectory: bool,
     evaluate: bool,
     backend: str,
@@ -379,6 +380,7 @@ def flow_op(
         bandwidth_gradient,
         repulsion,
         optimizer,
+        kernel,
         return_trajectory or flow_gradient == "exact",
         evaluate,
         backend,
@@ -401,6 +403,7 @@ def _(
     bandwidth_gradient: bool,
     repulsion: bool,
     optimizer: str,
+    kernel: str,
     return_trajectory: bool,
     evaluate: bool,
     backend: str,
@@ -429,9 +432,10 @@ def _flow_backward(
     bandwidth_gradient: bool,
     repulsion: bool,
     optimizer: str,
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
     mlp = _network(parameters, activation)
-    flow = _Flow(step_size, temperature, q_aggregation, bandwidth_gradient, repulsion, optimizer)
+    flow = _Flow(step_size, temperature, q_aggregation, bandwidth_gradient, repulsion, optimizer, kernel)
     grad_observations = observations.new_empty(observations.shape)
     grad_start = trajectory.new_empty(trajectory.shape[1:])
     for part in _chunks(mlp, trajectory[0]):
@@ -454,7 +458,7 @@ def _(
 
 def _flow_setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     particles, _, trajectory = output
-    ctx.mode, ctx.settings = inputs[-1], inputs[5:11]
+    ctx.mode, ctx.settings = inputs[-1], inputs[5:12]
     ctx.set_materialize_grads(False)
     _save(ctx, inputs, inputs[2], trajectory if ctx.mode == "exact" else particles)
 
@@ -472,7 +476,7 @@ def _flow_gradient(
     grad_states, grad_x = _flow_backward(
         parameters, activation, states, trajectory, grad_particles, grad_q, grad_trajectory, *ctx.settings
     )
-    return [None] * len(parameters), None, grad_states if ctx.mode == "exact" else None, grad_x, *[None] * 11
+    return [None] * len(parameters), None, grad_states if ctx.mode == "exact" else None, grad_x, *[None] * 12
 
 
 flow_op.register_autograd(_flow_gradient, setup_context=_flow_setup)

@@ -193,12 +193,15 @@ def svgd_direction(
     bandwidth_gradient: bool = False,
     repulsion: bool = True,
     *,
+    kernel: str = "rbf",
     backend: Backend = "auto",
 ) -> Tensor:
-    """phi_i = (1/N) [ (1/alpha) sum_j K_ij G_j + 2 gamma sum_j K_ij (x_i - x_j) ], RBF kernel of median bandwidth.
+    """phi_i = (1/N) [ (1/alpha) sum_j K_ij G_j + sum_j S_ij (x_i - x_j) ] with S = -2 dK / dD, D_ij = |x_i - x_j|^2.
 
-    particles, score [B, N, A] -> phi [B, N, A]. ``bandwidth_gradient=True`` differentiates the median too, as the
-    public release does; ``repulsion=False`` is the paper's simplified direction (1/N) sum_j K_ij G_j.
+    particles, score [B, N, A] -> phi [B, N, A]. ``kernel`` is "rbf", K = exp(-gamma D), S = 2 gamma K; or "imq", the
+    inverse multiquadric K = (1 + gamma D)^(-1/2), S = gamma K^3; gamma is the same, from the median of D.
+    ``bandwidth_gradient=True`` differentiates the median too, as the public release does; ``repulsion=False`` is the
+    paper's simplified direction (1/N) sum_j K_ij G_j.
     Raises ``ValueError`` or ``TypeError`` naming the argument that is wrong and, on a CPU, that is not finite.
     """
     x = _check_tensor("particles", particles, "(B, N, A)", 3)
@@ -208,6 +211,7 @@ def svgd_direction(
     _check_same_shape("score", g, "particles", x.shape)
     _check_device("score", g, "particles", x.device)
     _check_temperature(temperature)
+    choice("kernel", kernel, tuple(reference.PARTICLE_KERNELS))
     bandwidth_gradient = boolean("bandwidth_gradient", bandwidth_gradient)
     repulsion = boolean("repulsion", repulsion)
     dtype = _particle_dtype(x)
@@ -216,8 +220,8 @@ def svgd_direction(
     if resolve_backend(backend, x.device, x.shape[1], x.shape[2], dtype) == "triton":
         from vgf_fast.kernels import svgd
 
-        return svgd.svgd_direction(x, g, temperature, bandwidth_gradient, repulsion).to(dtype)
-    phi = reference.svgd_direction(x.to(dtype), g.to(dtype), temperature, bandwidth_gradient, repulsion)
+        return svgd.svgd_direction(x, g, temperature, bandwidth_gradient, repulsion, kernel).to(dtype)
+    phi = reference.svgd_direction(x.to(dtype), g.to(dtype), temperature, bandwidth_gradient, repulsion, kernel)
     check_result(phi, particles=x, score=g)
     return phi
 
@@ -281,6 +285,7 @@ def value_gradient_flow(
     optimizer: str = "adam",
     return_trajectory: bool = False,
     *,
+    kernel: str = "rbf",
     evaluate: bool = True,
     backend: Backend = "auto",
     flow_gradient: str = "none",
@@ -289,7 +294,8 @@ def value_gradient_flow(
 
     observations [B, O], particles [B, N, A] -> FlowResult(particles [B, N, A], q [E, B, N], trajectory
     [L + 1, B, N, A] or None). Every step ends with a clip to [-1, 1]; ``optimizer`` is "adam" (its moments start at
-    zero) or "ascent", the paper's plain equation. ``evaluate=False`` leaves q out. The given particles are not written.
+    zero) or "ascent", the paper's plain equation; ``kernel`` as in ``svgd_direction``. ``evaluate=False`` leaves q out.
+    The given particles are not written.
 
     ``flow_gradient`` says what autograd sees of particles, q and trajectory. "none": nothing, there is no graph.
     "exact": gradients reach the initial particles and the observations through every step, with the derivative of the
@@ -304,6 +310,7 @@ def value_gradient_flow(
         raise TypeError(f"budget is a {type(budget).__name__}, expected a TransportBudget")
     choice("q_aggregation", q_aggregation, ("mean", "min"))
     choice("optimizer", optimizer, ("adam", "ascent"))
+    choice("kernel", kernel, tuple(reference.PARTICLE_KERNELS))
     choice("flow_gradient", flow_gradient, operators.MODES)
     bandwidth_gradient = boolean("bandwidth_gradient", bandwidth_gradient)
     repulsion = boolean("repulsion", repulsion)
@@ -323,6 +330,7 @@ def value_gradient_flow(
         bandwidth_gradient,
         repulsion,
         optimizer,
+        kernel,
         return_trajectory,
         evaluate,
         backend,

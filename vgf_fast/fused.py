@@ -7,6 +7,7 @@ Weights are packed afresh at the start: no stale copy of them can ever be used.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,8 +19,9 @@ from vgf_fast.kernels import ranges
 from vgf_fast.networks import EnsembleMLP, GaussianBehavior, ScoreField, VelocityField
 
 if TYPE_CHECKING:
-    from vgf_fast.kernels.flow_step import FlowOutput, Select, TDTarget
+    from vgf_fast.kernels.launch import Layers
     from vgf_fast.kernels.packing import PackedMLP, Stack
+    from vgf_fast.kernels.sequence import FlowOutput, Select, TDTarget
     from vgf_fast.policy import VGFPolicy
 
 
@@ -52,17 +54,22 @@ class Packed(NamedTuple):
     target_critic: PackedMLP | None  # None for acting
 
 
-def pack(policy: VGFPolicy, dtype: torch.dtype, target: bool = False) -> Packed:
-    """Pack critic, velocity field and, if ``target``, the target critic: one launch."""
+def pack_networks(modules: Sequence[EnsembleMLP | VelocityField], dtype: torch.dtype) -> tuple[PackedMLP, ...]:
+    """Pack networks as they are now: one launch."""
     from vgf_fast.kernels.packing import pack_many
 
+    with ranges.span("vgf/pack"):
+        return pack_many([stack(module) for module in modules], dtype)
+
+
+def pack(policy: VGFPolicy, dtype: torch.dtype, target: bool = False) -> Packed:
+    """Pack critic, velocity field and, if ``target``, the target critic: one launch."""
     modules: list[EnsembleMLP | VelocityField] = [policy.critic]
     if isinstance(policy.behavior, VelocityField):
         modules.append(policy.behavior)
     if target:
         modules.append(policy.target_critic)
-    with ranges.span("vgf/pack"):
-        packed = list(pack_many([stack(module) for module in modules], dtype))
+    packed = list(pack_networks(modules, dtype))
     return Packed(
         packed.pop(0),
         packed.pop(0) if isinstance(policy.behavior, VelocityField) else None,
@@ -70,17 +77,20 @@ def pack(policy: VGFPolicy, dtype: torch.dtype, target: bool = False) -> Packed:
     )
 
 
-def draw_particles(policy: VGFPolicy, packed: Packed, observations: Tensor, noise: Tensor) -> Tensor:
-    """Particles of the behaviour model: observations [B, O], noise [B, N, A] -> [B, N, A] float32."""
+@torch.no_grad()
+def draw_particles(
+    policy: VGFPolicy, packed: PackedMLP | None, observations: Tensor, noise: Tensor, layers: Layers | None = None
+) -> Tensor:
+    """Particles of the behaviour model, ``packed``: observations [B, O], noise [B, N, A] -> [B, N, A] float32."""
     behavior = policy.behavior
     with ranges.span("vgf/behavior_flow"):
         if isinstance(behavior, GaussianBehavior):
             mean = reference.mlp_forward(behavior.stacked().detach(), observations).squeeze(0).to(noise.dtype)
             return reference.gaussian_sample(mean, behavior.log_std.detach().to(noise.dtype), noise, behavior.tanh)
-        from vgf_fast.kernels.behavior_flow import behavior_flow
+        from vgf_fast.kernels.sequence import behavior_flow
 
-        assert packed.behavior is not None
-        return behavior_flow(packed.behavior, observations, noise, policy.config.behavior_steps)
+        assert packed is not None
+        return behavior_flow(packed, observations, noise, policy.config.behavior_steps, layers=layers)
 
 
 def flow(
@@ -90,12 +100,13 @@ def flow(
     particles: Tensor,
     budget: TransportBudget,
     epilogue: Select | TDTarget,
+    layers: Layers | None = None,
 ) -> FlowOutput:
     """Move particles by the critic, and end in a choice by it, or in the target by the target critic.
 
     An amortised policy's are moved by the score field: two launches a step for the field, and PyTorch's for the rest.
     """
-    from vgf_fast.kernels.flow_step import TDTarget, value_gradient_flow
+    from vgf_fast.kernels.sequence import TDTarget, value_gradient_flow
 
     config = policy.config
     steps = budget.steps
@@ -115,18 +126,20 @@ def flow(
         config.bandwidth_gradient,
         config.repulsion,
         config.particle_optimizer,
+        kernel=config.kernel,
         evaluator=packed.target_critic,
         epilogue=epilogue,
+        layers=layers,
     )
 
 
 def _field(field: ScoreField, observations: Tensor, dtype: torch.dtype, particles: Tensor) -> Tensor:
     """The score field at observations [B, O] and particles [B, N, A] -> [B, N, A]."""
-    from vgf_fast.kernels import mlp_training
+    from vgf_fast.kernels import training
 
     batch, count, width = particles.shape
     states = observations.unsqueeze(1).expand(-1, count, -1).reshape(batch * count, -1)
-    return mlp_training.mlp(stack(field), states, particles.reshape(-1, width), dtype=dtype)[0].view_as(particles)
+    return training.mlp(stack(field), states, particles.reshape(-1, width), dtype=dtype)[0].view_as(particles)
 
 
 @torch.no_grad()
@@ -137,64 +150,30 @@ def act(
     budget: TransportBudget,
     selection: str,
     uniform: Tensor | None,
-    one_launch: bool | None = None,
+    few: bool | None = None,
 ) -> Tensor:
     """Actions [B, A] float32 at observations [B, O] from noise [B, N, A]; ``uniform`` [B] unless ``selection`` is max.
 
-    L + 5 launches with the flow behaviour model: weights, two shares of states, behaviour flow, L + 1 flow steps. Or
-    two for at most 16 states: weights, and all the rest at once; ``one_launch`` overrides the choice between them.
+    Weights, the states' shares, behaviour flow, flow steps with the choice at their end. ``few`` says whether layers
+    are spread over as many programs as there are; by default the number of rows does.
     """
-    from vgf_fast.kernels import acting, launch
-    from vgf_fast.kernels.flow_step import Select
+    from vgf_fast.kernels.launch import Layers
+    from vgf_fast.kernels.sequence import Select
 
     config = policy.config
     packed = pack(policy, policy.dtype)
-    critic = packed.critic
-    few = packed.behavior if len(observations) <= launch.MAX_ACTING_STATES and not config.amortized else None
-    if few is not None and one_launch is None:
-        one_launch = launch.acts_in_one_launch(
-            len(observations),
-            noise.shape[1],
-            critic.members,
-            few.padded_width,
-            critic.padded_width,
-            critic.dtype,
-            launch.processors(observations.device),
-            noise.shape[2],
-            torch.version.hip is not None,
-        )
-    if few is not None and one_launch:
-        with ranges.span("vgf/act_in_one_launch"):
-            return acting.act(
-                few,
-                critic,
-                observations,
-                noise,
-                config.behavior_steps,
-                budget.steps,
-                budget.step_size,
-                budget.temperature,
-                config.flow_q_aggregation,
-                config.bandwidth_gradient,
-                config.repulsion,
-                config.particle_optimizer,
-                selection,
-                config.selection_temperature,
-                config.target_q_aggregation,
-                uniform=uniform,
-            ).action
-    particles = draw_particles(policy, packed, observations, noise)
+    layers = None if few is None else Layers(few)
+    particles = draw_particles(policy, packed.behavior, observations, noise, layers)
     choice = Select(selection, config.selection_temperature, uniform, config.target_q_aggregation)
-    chosen = flow(policy, packed, observations, particles, budget, choice).chosen
+    chosen = flow(policy, packed, observations, particles, budget, choice, layers).chosen
     assert chosen is not None
     return chosen
 
 
 class Target(NamedTuple):
-    """TD target of a batch, and the particles it came from."""
+    """TD target of a batch, and the particles it is the value of."""
 
     target: Tensor  # [B]
-    drawn: Tensor  # [B, N, A]
     moved: Tensor  # [B, N, A]
 
 
@@ -203,16 +182,15 @@ def td_target(
     policy: VGFPolicy,
     packed: Packed,
     data: dict[str, Tensor],
-    noise: Tensor,
+    drawn: Tensor,
     discount: float,
     reduce: str,
 ) -> Target:
-    """Particles of the next states, moved by the critic within the training budget and valued by the target critic."""
-    from vgf_fast.kernels.flow_step import TDTarget
+    """Particles ``drawn`` at the next states, moved by the critic in the training budget, valued by the target one."""
+    from vgf_fast.kernels.sequence import TDTarget
 
     config = policy.config
-    drawn = draw_particles(policy, packed, data["next_observations"], noise)
     epilogue = TDTarget(data["rewards"], data["masks"], discount, config.target_q_aggregation, reduce)
     moved = flow(policy, packed, data["next_observations"], drawn, config.train_budget, epilogue)
     assert moved.chosen is not None
-    return Target(moved.chosen, drawn, moved.particles)
+    return Target(moved.chosen, moved.particles)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 Function = Callable[..., tuple[Tensor, ...]]
+Result = TypeVar("Result")
 
 
 class Capture(NamedTuple):
@@ -24,13 +26,52 @@ class Capture(NamedTuple):
 
 
 def capture(function: Function, inputs: tuple[Tensor, ...], generators: Sequence[torch.Generator]) -> Capture:
-    """Record ``function(*inputs)`` without running it; what it draws from ``generators`` every replay draws anew."""
+    """Record ``function(*inputs)`` without running it; what it draws from ``generators`` every replay draws anew.
+
+    Other threads may use the GPU meanwhile. Whatever the function or the driver raises is raised again, with current
+    stream and generators as they were: a failed recording leaves both its own.
+    """
     graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        outputs = function(*inputs)
+    stream = torch.cuda.current_stream()
+    # States of their own: the generator's is tied to the graph as soon as it is registered.
+    states = [generator.clone_state() for generator in generators]
+    try:
+        for generator in generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = function(*inputs)
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        for generator, state in zip(generators, states, strict=True):
+            generator.graphsafe_set_state(state)
+        # What has not been recorded to its end cannot always be taken back either.
+        with contextlib.suppress(RuntimeError):
+            graph.reset()
+        raise
     return Capture(inputs, outputs, graph.replay)
+
+
+def fork(device: torch.device, work: Callable[[], Result]) -> Callable[[], Result]:
+    """Issue ``work`` beside what the caller issues next; what is returned waits for it and gives its result.
+
+    On a GPU it goes to a stream of its own, behind all that the current one has been given, and the current one waits
+    for it when the result is asked for: while a graph is recorded, both are branches of it. Whoever calls keeps every
+    tensor that crosses from one to the other until then, for its memory may be used anew in either.
+    Elsewhere the work is done at once.
+    """
+    if device.type != "cuda":
+        result = work()
+        return lambda: result
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        result = work()
+
+    def join() -> Result:
+        torch.cuda.current_stream(device).wait_stream(side)
+        return result
+
+    return join
 
 
 class GraphCache:

@@ -34,17 +34,37 @@ class MLPWeights(NamedTuple):
         return MLPWeights(weights, biases, scales, shifts, self.activation)
 
 
+class Activation(NamedTuple):
+    """An activation, and what its derivative makes of a gradient."""
+
+    apply: Callable[[Tensor], Tensor]
+    apply_: Callable[[Tensor], Tensor]  # the same, and may overwrite its argument
+    backward: Callable[[Tensor, Tensor], Tensor]  # (gradient, input) -> gradient; relu's input may be its output
+
+
+ACTIVATIONS = {
+    "relu": Activation(F.relu, torch.relu_, lambda grad, y: torch.ops.aten.threshold_backward(grad, y, 0)),
+    "gelu": Activation(
+        lambda y: F.gelu(y, approximate="tanh"),
+        lambda y: F.gelu(y, approximate="tanh"),
+        lambda grad, y: torch.ops.aten.gelu_backward(grad, y, approximate="tanh"),
+    ),
+    "swish": Activation(F.silu, F.silu, lambda grad, y: torch.ops.aten.silu_backward(grad, y)),
+}
+
+
+def activation(name: str) -> Activation:
+    """The activation called ``name``. Raises ``ValueError`` naming the known ones if there is none."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation is {name!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
+    return ACTIVATIONS[name]
+
+
 def activate_(name: str, y: Tensor) -> Tensor:
     """The activation of ``y``; relu overwrites its argument, whose sign its derivative can still be read from."""
-    if name == "relu":
-        return y.relu_()
-    return F.silu(y) if name == "swish" else F.gelu(y, approximate="tanh")
+    return activation(name).apply_(y)
 
 
 def activation_backward(name: str, grad: Tensor, y: Tensor) -> Tensor:
     """``grad`` times the activation's derivative at its input ``y`` (for relu, ``y`` may be its output)."""
-    if name == "relu":
-        return torch.ops.aten.threshold_backward(grad, y, 0)
-    if name == "swish":
-        return torch.ops.aten.silu_backward(grad, y)
-    return torch.ops.aten.gelu_backward(grad, y, approximate="tanh")
+    return activation(name).backward(grad, y)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vgf_fast import batches, functional, fused, loop, reference
+from vgf_fast import batches, functional, fused, graphs, loop, reference
 from vgf_fast.batches import BATCH_FIELDS
 from vgf_fast.checks import results_left
 from vgf_fast.common import checkpoints
@@ -30,12 +31,26 @@ from vgf_fast.reference import MLPWeights
 
 if TYPE_CHECKING:
     from vgf_fast.data.dataset import Dataset
+    from vgf_fast.kernels.packing import PackedMLP
     from vgf_fast.online import Style
 
 LEARNER_FILE = "learner.safetensors"
 BEST = "best"  # folder of a directory of checkpoints
 METRICS = ("critic_loss", "bc_loss", "q_mean", "target_mean", "bc_flow_var", "vgf_var")
-UPDATES_A_REPLAY = 10  # of a CUDA graph: what the host does between replays is then a tenth an update
+# Of a CUDA graph: the host's work between replays, and the first batch's particles, which no update hides, are then a
+# twentieth an update.
+UPDATES_A_REPLAY = 20
+
+Drawn = tuple[dict[str, Tensor], dict[str, Tensor]]  # a batch and its noise
+
+
+class _Begun(NamedTuple):
+    """An update whose particles are drawn."""
+
+    data: dict[str, Tensor]
+    draws: dict[str, Tensor]
+    behavior: PackedMLP  # as it was when it drew them
+    particles: Tensor  # [B, N, A]
 
 
 class Learner:
@@ -155,7 +170,7 @@ class Learner:
             )
         with ranges.span("vgf/td_loss"):
             q = reference.member_values(critic, data["observations"], data["actions"])
-            critic_loss = self._critic_loss(q, target)
+            critic_loss = reference.critic_loss(config.critic_loss, q, target, config.expectile)
         with ranges.span("vgf/behavior_loss"):
             losses = {"critic": critic_loss, "behavior": self._behavior_loss(behavior, data, draws)}
         if field is not None:
@@ -175,14 +190,52 @@ class Learner:
 
     def _kernel_update(self, data: dict[str, Tensor], draws: dict[str, Tensor]) -> dict[str, Tensor]:
         """The update in Triton kernels."""
-        config = self.config
-        packed = fused.pack(self.policy, self._compute_dtype(), target=True)
-        found = fused.td_target(self.policy, packed, data, draws["particles"], config.discount, config.target_reduce)
+        policy, config = self.policy, self.config
+        packed = fused.pack(policy, self._compute_dtype(), target=True)
+        drawn = fused.draw_particles(policy, packed.behavior, data["next_observations"], draws["particles"])
+        found = fused.td_target(policy, packed, data, drawn, config.discount, config.target_reduce)
         if self._fuses_optimizer():
-            losses = self._fused_step(packed, data, draws, found.target)
+            critic_metrics = self._critic_step(packed.critic, data, found.target)
+            losses = _losses(critic_metrics, self._behavior_step(packed.behavior, data, draws))
         else:
             losses = self._plain_step(*self._kernel_losses(data, draws, found.target), found.target)
-        return losses | _particle_metrics(found.drawn, found.moved)
+        return losses | _particle_metrics(drawn, found.moved)
+
+    @torch.no_grad()
+    def _pipelined(self, draw: Callable[[], Drawn], count: int) -> dict[str, Tensor]:
+        """``count`` updates in Triton kernels, in two branches, with the numbers of one after another.
+
+        Beside the critic's flow and its step run the behaviour model's step on the same batch and, with what comes of
+        it, the flow that draws the next batch's particles: it never sees the critic. ``draw`` draws the batches in
+        their order, and none is left over at the end.
+        """
+        policy, config, dtype = self.policy, self.config, self._compute_dtype()
+        field = policy.behavior
+        assert isinstance(field, VelocityField)
+
+        def begin() -> _Begun:
+            data, draws = draw()
+            (behavior,) = fused.pack_networks([field], dtype)
+            particles = fused.draw_particles(policy, behavior, data["next_observations"], draws["particles"])
+            return _Begun(data, draws, behavior, particles)
+
+        def go_on(now: _Begun, is_last: bool) -> tuple[Tensor, _Begun | None]:
+            return self._behavior_step(now.behavior, now.data, now.draws), None if is_last else begin()
+
+        following: _Begun | None = begin()
+        for number in range(1, count + 1):
+            # Kept until both branches have met: either reads it.
+            now = following
+            assert now is not None
+            with ranges.span("vgf/update"):
+                join = graphs.fork(policy.device, functools.partial(go_on, now, number == count))
+                critic, target = fused.pack_networks([policy.critic, policy.target_critic], dtype)
+                packed = fused.Packed(critic, None, target)
+                found = fused.td_target(policy, packed, now.data, now.particles, config.discount, config.target_reduce)
+                critic_metrics = self._critic_step(critic, now.data, found.target)
+                particle_metrics = _particle_metrics(now.particles, found.moved)
+                behavior_loss, following = join()
+        return _losses(critic_metrics, behavior_loss) | particle_metrics
 
     def _fuses_optimizer(self) -> bool:
         """Whether one launch does gradients and Adam: not if gradients are clipped between, nor with a score field."""
@@ -227,20 +280,20 @@ class Learner:
         self, data: dict[str, Tensor], draws: dict[str, Tensor], target: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The losses by network, differentiable, and the critic's values [E, B]."""
-        from vgf_fast.kernels import mlp_training
+        from vgf_fast.kernels import training
 
         states, actions = data["observations"], data["actions"]
         loss, weight = self._kernel_loss()
         dtype = self._compute_dtype()
         with ranges.span("vgf/td_loss"):
-            critic_loss, q = mlp_training.mlp_loss(
+            critic_loss, q = training.mlp_loss(
                 fused.stack(self.policy.critic), states, actions, target.unsqueeze(1), loss, weight, dtype=dtype
             )
         with ranges.span("vgf/behavior_loss"):
             if isinstance(self.policy.behavior, VelocityField):
                 x, velocity = reference.flow_matching_inputs(actions, draws["bc_x0"], draws["bc_t"])
                 stack, time = fused.stack(self.policy.behavior), draws["bc_t"]
-                behavior_loss, _ = mlp_training.mlp_loss(stack, states, x, velocity, time=time, dtype=dtype)
+                behavior_loss, _ = training.mlp_loss(stack, states, x, velocity, time=time, dtype=dtype)
             else:
                 behavior_loss = self._behavior_loss(self._compute_weights(self.policy.behavior.stacked()), data, draws)
         losses = {"critic": critic_loss, "behavior": behavior_loss}
@@ -248,44 +301,38 @@ class Learner:
             scores = self._scores(self.policy.critic.stacked(), data)
             with ranges.span("vgf/score_loss"):
                 field = fused.stack(self.policy.score_field)
-                losses["score"] = mlp_training.mlp_loss(field, states, actions, scores, dtype=dtype)[0]
+                losses["score"] = training.mlp_loss(field, states, actions, scores, dtype=dtype)[0]
         return losses, q.squeeze(2)
 
     @torch.no_grad()
-    def _fused_step(
-        self, packed: fused.Packed, data: dict[str, Tensor], draws: dict[str, Tensor], target: Tensor
-    ) -> dict[str, Tensor]:
-        """Losses, gradients, Adam and the target critic in two launches a network."""
-        from vgf_fast.kernels.mlp_training import Batch, training_step_
+    def _critic_step(self, packed: PackedMLP, data: dict[str, Tensor], target: Tensor) -> Tensor:
+        """The critic's step of Adam, and the target critic's, in kernels: loss, mean value and mean target [3]."""
+        from vgf_fast.kernels.training import Batch, training_step_
 
         policy, config = self.policy, self.config
-        states, actions = data["observations"], data["actions"]
-        loss, weight = self._kernel_loss()
         with ranges.span("vgf/td_loss"):
-            critic_loss, q_mean, target_mean = training_step_(
+            return training_step_(
                 fused.stack(policy.critic),
-                packed.critic,
-                Batch(states, actions, target=target.unsqueeze(1)),
+                packed,
+                Batch(data["observations"], data["actions"], target=target.unsqueeze(1)),
                 self._optimizers["critic"],
-                loss,
-                weight,
+                *self._kernel_loss(),
                 fused.stack(policy.target_critic).parameters,
                 config.tau,
-            ).unbind()
+            )
+
+    @torch.no_grad()
+    def _behavior_step(self, packed: PackedMLP | None, data: dict[str, Tensor], draws: dict[str, Tensor]) -> Tensor:
+        """The behaviour model's step of Adam, in kernels where it is a flow; returns its loss."""
+        from vgf_fast.kernels.training import Batch, training_step_
+
+        behavior = self.policy.behavior
         with ranges.span("vgf/behavior_loss"):
-            if isinstance(policy.behavior, VelocityField):
-                assert packed.behavior is not None
-                batch = Batch(states, actions, draws["bc_t"], draws["bc_x0"])
-                stack = fused.stack(policy.behavior)
-                behavior_loss = training_step_(stack, packed.behavior, batch, self._optimizers["behavior"])[0]
-            else:
-                behavior_loss = self._torch_behavior_step(data, draws)
-        return {
-            "critic_loss": critic_loss,
-            "bc_loss": behavior_loss,
-            "q_mean": q_mean,
-            "target_mean": target_mean,
-        }
+            if not isinstance(behavior, VelocityField):
+                return self._torch_behavior_step(data, draws)
+            assert packed is not None
+            batch = Batch(data["observations"], data["actions"], draws["bc_t"], draws["bc_x0"])
+            return training_step_(fused.stack(behavior), packed, batch, self._optimizers["behavior"])[0]
 
     @torch.enable_grad()
     def _torch_behavior_step(self, data: dict[str, Tensor], draws: dict[str, Tensor]) -> Tensor:
@@ -308,13 +355,6 @@ class Learner:
 
     def _compute_weights(self, weights: MLPWeights) -> MLPWeights:
         return weights.to(torch.bfloat16) if self.config.precision == "bfloat16" else weights
-
-    def _critic_loss(self, q: Tensor, target: Tensor) -> Tensor:
-        if self.config.critic_loss == "td":
-            return reference.td_loss(q, target)
-        if self.config.critic_loss == "expectile":
-            return reference.expectile_loss(q, target, self.config.expectile)
-        return reference.sql_loss(q, target, self.config.expectile)
 
     def _behavior_loss(self, weights: MLPWeights, data: dict[str, Tensor], draws: dict[str, Tensor]) -> Tensor:
         behavior = self.policy.behavior
@@ -512,7 +552,7 @@ class Learner:
         """At least one and at most ``limit`` updates on batches of a dataset; the metrics of the last one."""
         size = self.config.batch_size
 
-        def one() -> dict[str, Tensor]:
+        def draw() -> Drawn:
             with ranges.span("vgf/sample_batch"):
                 if dataset.device.type == self.policy.device.type:
                     drawn = dataset.sample(size, self.generator)
@@ -521,42 +561,40 @@ class Learner:
                     index = torch.randint(dataset.size, (size,), generator=self.generator, device=self.policy.device)
                     drawn = {name: field.to(self.policy.device) for name, field in dataset.take(index).items()}
                 data = self._batch(drawn, check=False)
-            return self._update(data, self._noise(None, size))
+            return data, self._noise(None, size)
 
-        if dataset.device != self.policy.device:
-            metrics = one()
+        if dataset.device != self.policy.device or not self._can_capture():
+            metrics = self._update(*draw())
             self.step += 1
             return metrics
-        count = UPDATES_A_REPLAY if limit >= UPDATES_A_REPLAY and self._can_capture() else 1
-        return self._run(one, (), ("fit", dataset.fingerprint), count)
+        count = UPDATES_A_REPLAY if limit >= UPDATES_A_REPLAY else 1
+        return self._run(functools.partial(self._pipelined, draw, count), (), ("fit", dataset.fingerprint), count)
 
     def _run(
         self,
-        one: Callable[..., dict[str, Tensor]],
+        updates: Callable[..., dict[str, Tensor]],
         inputs: tuple[Tensor, ...],
         work: tuple[Hashable, ...],
         count: int = 1,
     ) -> dict[str, Tensor]:
-        """Call ``one(*inputs)``, an update, ``count`` times, by a CUDA graph if possible; the metrics of the last.
+        """Call ``updates(*inputs)``, ``count`` of them, by a CUDA graph if possible; the metrics of the last.
 
         ``work`` says what is called.
         """
         if not self._can_capture():
-            for _ in range(count):
-                metrics = one(*inputs)
+            metrics = updates(*inputs)
             self.step += count
             return metrics
 
-        def several(*tensors: Tensor) -> tuple[Tensor, ...]:
-            for _ in range(count):
-                metrics = one(*tensors)
+        def stacked(*tensors: Tensor) -> tuple[Tensor, ...]:
+            metrics = updates(*tensors)
             return (torch.stack([metrics[name].reshape(()) for name in METRICS]),)
 
         # Everything that the recorded launches read or write lies where it lay, and no number in them has changed.
         state = [tensor for optimizer in self._optimizers.values() for tensor in _tensors(optimizer)]
         rates = tuple(group["lr"] for optimizer in self._optimizers.values() for group in optimizer.param_groups)
         key = (*work, count, rates, addresses([*self.policy.parameters(), *state]))
-        (values,) = self._graphs.run(key, several, inputs, generators=[self.generator])
+        (values,) = self._graphs.run(key, stacked, inputs, generators=[self.generator])
         self.step += count
         return dict(zip(METRICS, values.unbind(), strict=True))
 
@@ -658,6 +696,12 @@ def _tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             yield from (value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor))
+
+
+def _losses(critic_metrics: Tensor, behavior_loss: Tensor) -> dict[str, Tensor]:
+    """Metrics by name: of the critic's step [3], and the behaviour model's."""
+    critic_loss, q_mean, target_mean = critic_metrics.unbind()
+    return {"critic_loss": critic_loss, "bc_loss": behavior_loss, "q_mean": q_mean, "target_mean": target_mean}
 
 
 def _particle_metrics(drawn: Tensor, moved: Tensor) -> dict[str, Tensor]:

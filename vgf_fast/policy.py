@@ -41,9 +41,9 @@ class VGFPolicy(nn.Module):
     ``config`` says what is computed, ``device`` where (default: the CPU), ``backend`` how (``vgf_fast.functional``).
     ``seed`` fixes the initial weights and the policy's own random numbers. Move and cast it as any ``nn.Module``;
     particles stay float32 at least. ``cuda_graph`` replays acting as a CUDA graph where the kernels run on a GPU;
-    ``one_launch`` says whether they compute actions of up to 16 states in one launch, which needs the flow behaviour
-    model; None leaves the choice to ``kernels.launch``. Raises ``TypeError`` for a ``config`` that is none, and
-    ``ValueError`` for a seed out of range.
+    ``one_launch`` says whether a layer's product of few rows takes the rows before it into its launch, over as many
+    programs as there are, or leaves them to one of their own; None leaves the choice to ``kernels.launch``. Raises
+    ``TypeError`` for a ``config`` that is none, and ``ValueError`` for a seed out of range.
     """
 
     @neutral
@@ -337,6 +337,7 @@ class VGFPolicy(nn.Module):
             self.config.repulsion,
             self.config.particle_optimizer,
             return_trajectory,
+            kernel=self.config.kernel,
             evaluate=evaluate,
             backend=self.backend,
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vgf_fast import blocked, native
 from vgf_fast.kernels import ranges
-from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights, activate_, activation_backward
+from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights, activate_, activation, activation_backward
 
 ADAM_BETA1, ADAM_BETA2, ADAM_EPS = 0.9, 0.999, 1e-8
 BANDWIDTH_MIN = 1e-12
@@ -72,7 +72,7 @@ def mlp_forward(mlp: MLPWeights, x: Tensor) -> Tensor:
             if mlp.norm_scales:
                 h = F.layer_norm(h, h.shape[-1:], eps=LAYER_NORM_EPS)
                 h = torch.addcmul(mlp.norm_biases[i].unsqueeze(1), h, mlp.norm_scales[i].unsqueeze(1))
-            h = F.relu(h) if mlp.activation == "relu" else activate_(mlp.activation, h)
+            h = activation(mlp.activation).apply(h)
     return h
 
 
@@ -295,11 +295,31 @@ def median_bandwidth(distances: Tensor, positions: bool = True) -> Bandwidth:
     return Bandwidth(gamma.view(-1, 1, 1), (h <= BANDWIDTH_MIN).view(-1, 1, 1), middle)
 
 
-def rbf_kernel(particles: Tensor, positions: bool = True) -> tuple[Tensor, Tensor, Bandwidth]:
+class ParticleKernel(NamedTuple):
+    """K as a function of the squared distances D [B, N, N] and gamma [B, 1, 1], and its slope S = -2 dK / dD.
+
+    Particle i is pushed by S_ij (x_i - x_j) from every particle j, and dK / dgamma is -D S / (2 gamma).
+    """
+
+    matrix: Callable[[Tensor, Tensor], Tensor]  # (D, gamma) -> K
+    slope: Callable[
+        [Tensor, Tensor], tuple[Tensor, Tensor]
+    ]  # (K, gamma) -> [B, N, N] and [B, 1, 1], whose product is S
+
+
+PARTICLE_KERNELS = {
+    # exp(-gamma D)
+    "rbf": ParticleKernel(lambda d, gamma: torch.exp(-gamma * d), lambda k, gamma: (k, 2.0 * gamma)),
+    # (1 + gamma D)^(-1/2), the inverse multiquadric
+    "imq": ParticleKernel(lambda d, gamma: torch.rsqrt(1.0 + gamma * d), lambda k, gamma: (k * k * k, gamma)),
+}
+
+
+def kernel_matrix(particles: Tensor, positions: bool = True, kernel: str = "rbf") -> tuple[Tensor, Tensor, Bandwidth]:
     """Kernel matrix K [B, N, N], squared distances D [B, N, N] and bandwidth of the particles [B, N, A]."""
     distances = squared_distances(particles)
     bandwidth = median_bandwidth(distances, positions)
-    return torch.exp(-bandwidth.gamma * distances), distances, bandwidth
+    return PARTICLE_KERNELS[kernel].matrix(distances, bandwidth.gamma), distances, bandwidth
 
 
 @torch.no_grad()
@@ -309,37 +329,45 @@ def svgd_direction(
     temperature: float,
     bandwidth_gradient: bool = False,
     repulsion: bool = True,
+    kernel: str = "rbf",
 ) -> Tensor:
-    """phi_i = (1/N) [ (1/alpha) sum_j K_ij G_j + 2 gamma sum_j K_ij (x_i - x_j) ]: [B, N, A] -> [B, N, A].
+    """phi_i = (1/N) [ (1/alpha) sum_j K_ij G_j + sum_j S_ij (x_i - x_j) ], S = -2 dK / dD: [B, N, A] -> [B, N, A].
 
+    ``kernel`` is one of ``PARTICLE_KERNELS``, all with the same median bandwidth.
     ``bandwidth_gradient`` adds what the public release's automatic gradient of sum_ij K(x_i, stop(x_j)) sends through
     the median. ``repulsion=False`` is the paper's simplified direction (1/N) sum_j K_ij G_j.
     """
     n = particles.shape[1]
-    kernel, distances, bandwidth = rbf_kernel(particles, positions=bandwidth_gradient and repulsion)
-    attraction = kernel @ score
+    matrix, distances, bandwidth = kernel_matrix(particles, bandwidth_gradient and repulsion, kernel)
+    attraction = matrix @ score
     if not repulsion:
         return attraction / n
     # Relative to one particle of the same state: the sum below would cancel once the particles have clumped.
     x = particles - particles[:, :1]
-    drift = x * kernel.sum(dim=2, keepdim=True) - kernel @ x
-    phi = (attraction / temperature).add_(2.0 * bandwidth.gamma * drift)
+    weights, slope = PARTICLE_KERNELS[kernel].slope(matrix, bandwidth.gamma)
+    drift = x * weights.sum(dim=2, keepdim=True) - weights @ x
+    phi = (attraction / temperature).add_(slope * drift)
     if bandwidth_gradient:
-        phi.add_(bandwidth_term(particles, kernel, distances, bandwidth))
+        phi.add_(bandwidth_term(particles, weights, slope, distances, bandwidth))
     return phi / n
 
 
-def bandwidth_term(particles: Tensor, kernel: Tensor, distances: Tensor, bandwidth: Bandwidth) -> Tensor:
-    """-d/dx_i of sum K through the median: only the row index i of the one or two middle entries (i, j) receives it."""
+def bandwidth_term(
+    particles: Tensor, weights: Tensor, slope: Tensor, distances: Tensor, bandwidth: Bandwidth
+) -> Tensor:
+    """-d/dx_i of sum K through the median: only the row index i of the one or two middle entries (i, j) receives it.
+
+    ``weights`` times ``slope`` is S of the particle kernel.
+    """
     assert bandwidth.middle is not None
     n = particles.shape[1]
-    # d sum(K) / d median = sum(D K) 2 gamma^2 / (2 ln(N + 1)), shared by the middle; d D_ij / d x_i = 2 (x_i - x_j).
-    slope = (distances * kernel).sum(dim=(1, 2), keepdim=True) * bandwidth.gamma**2 / math.log(n + 1.0)
-    slope = slope.masked_fill(bandwidth.clamped, 0.0) / bandwidth.middle.shape[1]
+    # d sum(K) / d median = sum(D S) gamma / (2 ln(N + 1)), shared by the middle; d D_ij / d x_i = 2 (x_i - x_j).
+    share = (distances * weights).sum(dim=(1, 2), keepdim=True) * (0.5 * slope * bandwidth.gamma) / math.log(n + 1.0)
+    share = share.masked_fill(bandwidth.clamped, 0.0) / bandwidth.middle.shape[1]
     width = particles.shape[2]
     row = torch.div(bandwidth.middle, n, rounding_mode="floor").unsqueeze(2).expand(-1, -1, width)
     column = (bandwidth.middle % n).unsqueeze(2).expand(-1, -1, width)
-    term = -2.0 * slope * (particles.gather(1, row) - particles.gather(1, column))
+    term = -2.0 * share * (particles.gather(1, row) - particles.gather(1, column))
     return torch.zeros_like(particles).scatter_add_(1, row, term)
 
 
@@ -355,12 +383,13 @@ def svgd_step_(
     bandwidth_gradient: bool = False,
     repulsion: bool = True,
     optimizer: str = "adam",
+    kernel: str = "rbf",
 ) -> None:
     """Move the particles one flow step, in place: direction, Adam (``step`` counts from 1) or plain ascent, clip.
 
     The moments [B, N, A] are Adam's and are written too; they start at zero with every flow. ``None`` for "ascent".
     """
-    phi = svgd_direction(particles, score, temperature, bandwidth_gradient, repulsion)
+    phi = svgd_direction(particles, score, temperature, bandwidth_gradient, repulsion, kernel)
     if optimizer == "ascent":
         particles.add_(phi, alpha=step_size).clamp_(-1.0, 1.0)
     else:
@@ -380,12 +409,18 @@ def adam_step_(
 
 
 def _steps(
-    x: Tensor, step_size: float, temperature: float, bandwidth_gradient: bool, repulsion: bool, optimizer: str
+    x: Tensor,
+    step_size: float,
+    temperature: float,
+    bandwidth_gradient: bool,
+    repulsion: bool,
+    optimizer: str,
+    kernel: str,
 ) -> Callable[[Tensor], None]:
     """``svgd_step_`` of particles x along a score, step after step; few particles a state in compiled code on a CPU."""
     if native.moves(x):
         constants = (ADAM_BETA1, ADAM_BETA2, ADAM_EPS, BANDWIDTH_MIN, GAMMA_EPS)
-        options = (step_size, temperature, bandwidth_gradient, repulsion, optimizer)
+        options = (step_size, temperature, bandwidth_gradient, repulsion, optimizer, kernel)
         return native.FlowSteps(x, *options, constants).step
     zeros = (torch.zeros_like(x), torch.zeros_like(x))
     moments: tuple[Tensor | None, Tensor | None] = zeros if optimizer == "adam" else (None, None)
@@ -393,7 +428,7 @@ def _steps(
 
     def move(score: Tensor) -> None:
         step = next(numbers)
-        svgd_step_(x, score, *moments, step, step_size, temperature, bandwidth_gradient, repulsion, optimizer)
+        svgd_step_(x, score, *moments, step, step_size, temperature, bandwidth_gradient, repulsion, optimizer, kernel)
 
     return move
 
@@ -412,6 +447,7 @@ def value_gradient_flow(
     optimizer: str = "adam",
     return_trajectory: bool = False,
     evaluate: bool = True,
+    kernel: str = "rbf",
 ) -> FlowResult:
     """Move particles [B, N, A] ``steps`` times by the critic's score and the SVGD kernel, each step clipped to [-1, 1].
 
@@ -420,7 +456,7 @@ def value_gradient_flow(
     at_states = critic_at_states(critic, observations, particles.shape[1], backward=steps > 0)
     x = particles.clone(memory_format=torch.contiguous_format)
     trajectory = [x.clone()] if return_trajectory else []
-    move = _steps(x, step_size, temperature, bandwidth_gradient, repulsion, optimizer)
+    move = _steps(x, step_size, temperature, bandwidth_gradient, repulsion, optimizer, kernel)
     for step in range(1, steps + 1):
         with ranges.span(f"vgf/flow_step/{step - 1}"):
             move(at_states.score(x, q_aggregation))
@@ -530,6 +566,23 @@ def sql_loss(q: Tensor, target: Tensor, alpha: float) -> Tensor:
     """mean_b sum_e alpha max(u/(2 alpha) + 1, 0)^2 - u, u = y - Q_e (the release's ``sql-q``): [E, B], [B] -> []."""
     u = target - q
     return (alpha * F.relu(u / (2.0 * alpha) + 1.0).square() - u).sum(dim=0).mean()
+
+
+CRITIC_LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "td": lambda q, target, weight: td_loss(q, target),
+    "expectile": expectile_loss,
+    "sql": sql_loss,
+}
+
+
+def critic_loss(name: str, q: Tensor, target: Tensor, weight: float) -> Tensor:
+    """The loss called ``name``; ``weight`` is the expectile, or SQL's alpha.
+
+    Raises ``ValueError`` naming the known ones if there is none.
+    """
+    if name not in CRITIC_LOSSES:
+        raise ValueError(f"critic_loss is {name!r}, expected one of {', '.join(map(repr, CRITIC_LOSSES))}")
+    return CRITIC_LOSSES[name](q, target, weight)
 
 
 def flow_matching_inputs(actions: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:

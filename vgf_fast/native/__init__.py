@@ -38,6 +38,7 @@ _CORES = os.cpu_count() or 1  # of the whole machine, which is what counts its t
 _SOURCE = Path(__file__).with_name("flow.c")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp")
 _ACTIVATIONS = {"relu": 0, "gelu": 1, "swish": 2}
+_KERNELS = {"rbf": 0, "imq": 1}  # of particles
 _DTYPES = (torch.float32, torch.bfloat16)
 
 logger = logging.getLogger("vgf_fast")
@@ -68,7 +69,7 @@ class _Flow(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("particles", "entries", "step")),
-        *((name, ctypes.c_int64) for name in ("bandwidth_gradient", "repulsion", "adam")),
+        *((name, ctypes.c_int64) for name in ("bandwidth_gradient", "repulsion", "adam", "kernel")),
         *((name, ctypes.c_float) for name in ("step_size", "temperature", *_CONSTANTS)),
     )
 
@@ -447,6 +448,7 @@ class FlowSteps:
         bandwidth_gradient: bool,
         repulsion: bool,
         optimizer: str,
+        kernel: str,
         constants: tuple[float, float, float, float, float],
     ) -> None:
         found = library()
@@ -456,7 +458,8 @@ class FlowSteps:
         particles, entries = x.shape[1:]
         adam = optimizer == "adam"
         self.flow = _Flow(
-            *(particles, entries, 0, bandwidth_gradient, repulsion, adam), step_size, temperature, *constants
+            *(particles, entries, 0, bandwidth_gradient, repulsion, adam, _KERNELS[kernel]),
+            *(step_size, temperature, *constants),
         )
         self.moments = torch.zeros(2 if adam else 0, *x.shape, dtype=torch.float32, device="cpu")
         self.threads = threads_for(x.numel() * particles)

@@ -674,7 +674,7 @@ static void behavior_flow(const struct mlp *net, struct team team, const float *
 
 struct flow {
   int64_t particles, entries, step; /* N, A, and the step's number from 1 on */
-  int64_t bandwidth_gradient, repulsion, adam;
+  int64_t bandwidth_gradient, repulsion, adam, kernel; /* kernel 0: exp(-gamma D), 1: (1 + gamma D)^(-1/2) */
   float step_size, temperature, beta1, beta2, adam_eps, bandwidth_min, gamma_eps;
 };
 
@@ -740,15 +740,21 @@ static void direction(const struct flow *flow, const float *x, const float *scor
   }
   float spread = logf((float)n + 1.0f), h = (upper > lower ? 0.5f * (first + second) : first) / (2.0f * spread);
   float gamma = 1.0f / (flow->gamma_eps + 2.0f * (h > flow->bandwidth_min ? h : flow->bandwidth_min));
+  /* -2 dK / dD is steep K or steep K^3. */
+  float steep = flow->kernel ? gamma : 2.0f * gamma;
   double slope = 0.0; /* over up to 16,384 entries */
-  for (int64_t j = 0; j < all; j += V) store(kernel + j, exponential(-gamma * load(distances + j)));
-  for (int64_t j = 0; j < all; j++) slope += distances[j] * kernel[j];
-  slope *= h <= flow->bandwidth_min ? 0.0 : (double)gamma * gamma / spread;
+  if (flow->kernel)
+    for (int64_t j = 0; j < all; j++) kernel[j] = 1.0f / sqrtf(1.0f + gamma * distances[j]);
+  else
+    for (int64_t j = 0; j < all; j += V) store(kernel + j, exponential(-gamma * load(distances + j)));
+  for (int64_t j = 0; j < all; j++) slope += distances[j] * (flow->kernel ? kernel[j] * kernel[j] * kernel[j] : kernel[j]);
+  slope *= h <= flow->bandwidth_min ? 0.0 : 0.5 * steep * gamma / spread;
   for (int64_t i = 0; i < n; i++) {
     float *to = phi + i * width, attraction = flow->repulsion ? 1.0f / flow->temperature : 1.0f;
     for (int64_t a = 0; a < width; a++) to[a] = 0.0f;
     for (int64_t j = 0; j < n; j++) {
-      float k = kernel[i * n + j], pull = k * attraction, push = flow->repulsion ? 2.0f * gamma * k : 0.0f;
+      float k = kernel[i * n + j], pull = k * attraction;
+      float push = flow->repulsion ? steep * (flow->kernel ? k * k * k : k) : 0.0f;
       for (int64_t a = 0; a < width; a++)
         to[a] += pull * score[j * width + a] + push * (x[i * width + a] - x[j * width + a]);
     }

@@ -1,4 +1,4 @@
-"""profiling/registry.py: every implementation of every operation computes the reference; work is what is counted.
+"""profiling/ops: every implementation of every operation computes the reference; work is what is counted.
 
 Also the two benchmarks that use it, on a tiny shape. Nothing is timed for its own sake.
 """
@@ -12,8 +12,10 @@ from test_profiling import REPOSITORY, run_module, tiny_flags
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from profiling import compare, ops, records, registry, scaling
-from profiling.registry import GRIDS, OPS
+from profiling import compare, records, scaling
+from profiling.ops import check, timing
+from profiling.ops.op import GRIDS, Prepared, obstacle
+from profiling.ops.registry import OPS
 from profiling.worker import Sizes
 from vgf_fast import native
 
@@ -56,7 +58,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("implementation", ["torch", "eager"])
 def test_every_implementation_computes_the_reference(op, shape, implementation):
-    assert registry.check(op, [implementation], SHAPES[shape], torch.float32, CPU, 0) == {implementation: None}
+    assert check.check(op, [implementation], SHAPES[shape], torch.float32, CPU, 0) == {implementation: None}
 
 
 @EVERY_OP
@@ -65,12 +67,12 @@ def test_the_kernels_compute_the_reference(op):
     if torch.cuda.is_available():
         pytest.skip("the kernels are not interpreted here: bench ops checks them on the GPU")
     shape = dataclasses.replace(TINY, batch=3, behavior_steps=1, flow_steps=1)
-    assert registry.check(op, ["triton"], shape, torch.float32, CPU, 0) == {"triton": None}
+    assert check.check(op, ["triton"], shape, torch.float32, CPU, 0) == {"triton": None}
 
 
 @EVERY_OP
 def test_what_the_compiler_is_given_is_one_graph_and_computes_the_reference(op):
-    found = registry.check(op, ["compile"], TINY, torch.float32, CPU, 0, compiler="eager")
+    found = check.check(op, ["compile"], TINY, torch.float32, CPU, 0, compiler="eager")
     assert found == {"compile": None}
 
 
@@ -80,7 +82,7 @@ def test_bfloat16_errs_no_more_than_pytorch(op, implementation):
     if torch.bfloat16 not in op.dtypes:
         pytest.skip("it has no matrix products of weights")
     shape = dataclasses.replace(TINY, batch=16, hidden=64)
-    assert registry.check(op, [implementation], shape, torch.bfloat16, CPU, 0) == {implementation: None}
+    assert check.check(op, [implementation], shape, torch.bfloat16, CPU, 0) == {implementation: None}
 
 
 def broken(op, by=1e-3):
@@ -95,43 +97,43 @@ def broken(op, by=1e-3):
         def state():
             return {name: t * (1.0 + by) for name, t in prepared.state().items()}
 
-        return registry.Prepared(run, state)
+        return Prepared(run, state)
 
     return dataclasses.replace(op, library=library)
 
 
 @EVERY_OP
 def test_what_is_wrong_is_refused(op):
-    found = registry.check(broken(op), ["torch", "eager"], TINY, torch.float32, CPU, 0)
+    found = check.check(broken(op), ["torch", "eager"], TINY, torch.float32, CPU, 0)
     assert " errs by " in found["torch"]
     assert found["eager"] is None
 
 
 def test_what_is_wrong_is_not_timed(capsys):
     op = broken(OPS["behavior_flow"])
-    found = ops.measure(op, "tiny", TINY, torch.float32, CPU, ["torch", "eager"], rounds=2, seconds=1.0, seed=0)
+    found = timing.measure(op, "tiny", TINY, torch.float32, CPU, ["torch", "eager"], rounds=2, seconds=1.0, seed=0)
     wrong, right = found
     assert (wrong.method, wrong.p50, wrong.rounds, wrong.timer) == ("torch-float32", None, 0, None)
     assert "particles errs by 1.0e-03" in wrong.fault
     assert right.p50 > 0.0
-    ops.show(found)
+    timing.show(found)
     assert "torch-float32 is not timed, particles errs by" in capsys.readouterr().out
 
 
 def test_what_raises_is_refused():
     op = dataclasses.replace(OPS["td_target"], library=lambda inputs, backend: 1 // 0)
-    found = registry.check(op, ["torch"], TINY, torch.float32, CPU, 0)
+    found = check.check(op, ["torch"], TINY, torch.float32, CPU, 0)
     assert found == {"torch": "ZeroDivisionError: integer division or modulo by zero"}
 
 
 def test_outputs_of_another_name_shape_or_value_are_refused():
     op = OPS["select_particle"]
     inputs = build(op)
-    truth = registry.truth(op, inputs)
+    truth = check.truth(op, inputs)
     right = op.reference(inputs)
 
     def fault(**outputs):
-        return registry.fault(op, registry.Prepared(lambda: outputs), truth)
+        return check.fault(op, Prepared(lambda: outputs), truth)
 
     assert fault(**right) is None
     assert fault(action=right["action"]) == "outputs are ['action'], expected ['action', 'index']"
@@ -147,8 +149,8 @@ def test_an_unknown_implementation_is_named():
 
 def test_triton_without_a_gpu_is_an_obstacle(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert registry.obstacle("triton", CPU).startswith("Triton ")
-    assert registry.obstacle("torch", CPU) is None
+    assert obstacle("triton", CPU).startswith("Triton ")
+    assert obstacle("torch", CPU) is None
 
 
 # --- work ------------------------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ def test_bytes_are_those_of_inputs_and_outputs(op):
             moved += 3 * inputs.data["particles"].numel() * 4
         if op.name.endswith("training_step"):
             # Parameters and both moments are read and written, the target critic too.
-            parameters = sum(t.numel() for t in getattr(inputs.policy, op.networks[0]).parameters())
+            parameters = sum(t.numel() for t in getattr(inputs.policy, next(iter(op.networks))).parameters())
             moved += 4 * parameters * (6 if op.name.startswith("critic") else 5)
         assert op.bytes(TINY, dtype) == moved
 
@@ -214,10 +216,10 @@ def test_inputs_are_the_seeds():
 
 def test_a_check_takes_fewer_states_where_all_would_take_too_long():
     op = OPS["value_gradient_flow"]
-    assert ops.check_sizes(op, TINY, CPU) == TINY
-    few = ops.check_sizes(op, GRIDS["64k rows"], CPU)
+    assert timing.check_sizes(op, TINY, CPU) == TINY
+    few = timing.check_sizes(op, GRIDS["64k rows"], CPU)
     assert dataclasses.replace(few, batch=8192) == GRIDS["64k rows"]
-    assert op.flops(few) <= ops.CHECK_FLOPS["cpu"] < op.flops(dataclasses.replace(few, batch=2 * few.batch))
+    assert op.flops(few) <= timing.CHECK_FLOPS["cpu"] < op.flops(dataclasses.replace(few, batch=2 * few.batch))
 
 
 def test_implementations_take_turns(monkeypatch):
@@ -231,7 +233,7 @@ def test_implementations_take_turns(monkeypatch):
             calls.append(self.name)
             return 1.0
 
-    times = ops.take_turns({name: Logged(name) for name in "abc"}, 3, math.inf)
+    times = timing.take_turns({name: Logged(name) for name in "abc"}, 3, math.inf)
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
     assert times == {name: [1.0] * 3 for name in "abc"}
 
@@ -257,15 +259,15 @@ def test_bench_ops_writes_records(tmp_path):
 
 
 def test_a_copy_of_the_inputs_is_used_by_turns_until_the_cache_is_exceeded(monkeypatch):
-    monkeypatch.setattr(ops, "cache_bytes", lambda device: 100_000)
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 100_000)
     op = OPS["svgd_direction"]
-    rotation = ops.Rotation.make(op, dataclasses.replace(TINY, batch=200), torch.float32, CPU, 0)
+    rotation = timing.Rotation.make(op, dataclasses.replace(TINY, batch=200), torch.float32, CPU, 0)
     assert rotation.flush is None
     assert rotation.rotated_bytes > 100_000
     first, second, *_ = rotation.inputs
     assert not torch.equal(first.data["particles"], second.data["particles"])
-    rotation = ops.Rotation.make(op, TINY, torch.float32, CPU, 0)
-    assert (len(rotation.inputs), rotation.flush.numel()) == (ops.MAX_COPIES, 200_000)
+    rotation = timing.Rotation.make(op, TINY, torch.float32, CPU, 0)
+    assert (len(rotation.inputs), rotation.flush.numel()) == (timing.MAX_COPIES, 200_000)
 
 
 def test_bench_names_what_it_does_not_know():

@@ -13,9 +13,9 @@ from tolerances import BF16, BOUNDS, F32, assert_accurate
 
 pytest.importorskip("triton")
 
-from vgf_fast.kernels import mlp_training, optimizer
-from vgf_fast.kernels.mlp_training import mlp, mlp_loss
+from vgf_fast.kernels import optimizer, training
 from vgf_fast.kernels.packing import Stack
+from vgf_fast.kernels.training import mlp, mlp_loss
 
 from vgf_fast import reference
 
@@ -254,12 +254,20 @@ def test_twice_is_bit_for_bit_the_same():
         assert torch.equal(a, b)
 
 
+def training_launches(depth):
+    """Of a pass forward and backward with the weights' gradients: 4 D - 1."""
+    forward = ["first_layer_kernel", *["rows_kernel", "product_kernel"] * (depth - 1), "head_kernel"]
+    return [*forward, *["product_kernel", "rows_kernel"] * (depth - 1), "weight_gradient_kernel"]
+
+
 def test_launches():
     module = networks.critic(6, 5, (40, 24))
     s, a, _, target = make_batch(10, 6, 5, 1, 0)
     with count_launches() as launches:
         mlp_loss(stack_of(module), s, a, target)[0].backward()
-    assert launches == ["packing_kernel", "mlp_training_kernel", "mlp_training_kernel", "weight_gradient_kernel"]
+    # The last layer's backward pass is by itself, for the gradient of its outputs comes from elsewhere.
+    first, last = training_launches(2)[:4], training_launches(2)[4:]
+    assert launches == ["packing_kernel", *first, "head_kernel", *last]
 
 
 def forward_arguments(module, batch, time):
@@ -273,14 +281,14 @@ def forward_arguments(module, batch, time):
 def test_opcheck(kind):
     module = networks.critic(3, 2, (8, 12)) if kind == "critic" else networks.velocity(3, 2, (8,))
     arguments = forward_arguments(module, 5, kind == "velocity")
-    torch.library.opcheck(mlp_training._mlp_forward, arguments)
+    torch.library.opcheck(training._mlp_forward, arguments)
     with torch.no_grad():
-        _, _, dout, left, z, matrices, vectors = mlp_training._mlp_forward(*arguments)
+        _, _, dout, left, z, matrices, vectors = training._mlp_forward(*arguments)
     layout = stack_of(module).layout
     sizes = (layout.inputs, list(layout.widths), layout.layer_norm, module.activation, "ieee")
     for input_gradient in (True, False):
         saved = (dout, arguments[0].detach(), arguments[1].detach(), left, z, matrices, vectors)
-        torch.library.opcheck(mlp_training._mlp_backward, (*saved, *sizes, input_gradient))
+        torch.library.opcheck(training._mlp_backward, (*saved, *sizes, input_gradient))
 
 
 def test_opcheck_of_the_training_step():
@@ -293,7 +301,7 @@ def test_opcheck_of_the_training_step():
     lists = [[x.detach().clone() for x in group] for group in state[:4]]
     flags = (False, "relu", "squared", 0.5, 1e-3, 0.0, "ieee")
     torch.library.opcheck(
-        mlp_training._mlp_training_step_, (s, a, t, noise, None, list(packed[:8]), *lists, [], *flags)
+        training._mlp_training_step_, (s, a, t, noise, None, list(packed.tensors), *lists, [], *flags)
     )
 
 
@@ -345,7 +353,7 @@ def test_wrong_arguments_are_named(change, message):
     ("module", "message"),
     [
         (networks.critic(5, 3, (1025,)), "the widest hidden layer has 1025 units, expected at most 1024"),
-        (networks.critic(5, 65, (8,)), "actions and outputs have 65 and 1 columns, expected at most 64"),
+        (networks.critic(5, 129, (8,)), "actions and outputs have 129 and 1 columns, expected at most 128"),
         (networks.critic(5, 3, (8,)).double(), "a parameter has dtype torch.float64"),
     ],
 )
