@@ -196,15 +196,15 @@ def run_pair(models: Models, pair: dict[str, str], seed: int, names: list[str], 
     for name in names:
         if name in METHODS:
             one(name, METHODS[name], most)
-    found = record["methods"]
+    methods = record["methods"]
     if "equal operations" in names:
-        spent = found["flow"]["operations"]
+        spent = methods["flow"]["operations"]
         for name in ("plain", "token search", "best of N"):
-            units = round(most * spent / found[name]["operations"])
+            units = round(most * spent / methods[name]["operations"])
             if units > most:
                 one(f"{name}, equal operations", METHODS[name], units)
             else:  # it has had more than that
-                found[f"{name}, equal operations"] = found[name]
+                methods[f"{name}, equal operations"] = methods[name]
     return record
 
 
@@ -290,14 +290,14 @@ def overhead(models: Models, steps: int) -> dict[str, dict[str, float]]:
 
     arguments: dict[str, Any] = {"fluency": FLUENCY, "min_new_tokens": LONGEST, "max_new_tokens": LONGEST}
     reward = models.reward(models.corpus["held_out"][0])
-    found = {"small": measure_overhead(EmbeddingFlow(reward, reference=models.reference, **arguments), steps)}
+    overheads = {"small": measure_overhead(EmbeddingFlow(reward, reference=models.reference, **arguments), steps)}
     torch.manual_seed(0)
     classifier = BertForSequenceClassification(BertConfig(vocab_size=len(models.tokenizer), num_labels=1))
     causal = GPT2LMHeadModel(reference_config(models.tokenizer, width=768, layers=12))
     large = RewardModel(classifier, models.tokenizer)
     reference = ReferenceModel(causal, models.tokenizer)
-    found["base"] = measure_overhead(EmbeddingFlow(large, reference=reference, **arguments), max(2, steps // 4))
-    return found
+    overheads["base"] = measure_overhead(EmbeddingFlow(large, reference=reference, **arguments), max(2, steps // 4))
+    return overheads
 
 
 def rounded(value: Any) -> Any:
@@ -380,8 +380,8 @@ def main() -> None:
             "particles": PARTICLES,
             "fluency": FLUENCY,
         }
-        found = {"example": example(models), "summary": summary, "pairs": records}
-        write(arguments.out, {**facts, **settings, **found})
+        results = {"example": example(models), "summary": summary, "pairs": records}
+        write(arguments.out, {**facts, **settings, **results})
 
 
 if __name__ == "__main__":

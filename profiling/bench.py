@@ -31,8 +31,8 @@ COMPILE_METHODS = {"float32": "compile-float32", "bfloat16": "compile-bfloat16"}
 BACKEND_METHODS = ("torch-float32", "torch-bfloat16")
 METHODS = ("ours-float32", "ours-bfloat16", *BACKEND_METHODS, EAGER_METHOD, *COMPILE_METHODS.values(), JAX_METHOD)
 DEFAULT_ROUNDS = {"update": 20, "act": 200, "memory": 3}
-# Measured after the others by the module of that name, most of which import torch into this process.
-IN_PROCESS = ("busy", "ops", "scaling", "llm")
+# Measured after the others by these modules, most of which import torch into this process.
+IN_PROCESS = {"busy": "busy", "ops": "ops.timing", "scaling": "scaling", "llm": "llm"}
 QUICK_ROUNDS = 2
 OWN_FACTS = ("dtype", "device", "threads", "matmul_precision")
 # The second call may still compile or allocate what the first did not.
@@ -156,7 +156,7 @@ def parse(arguments: Sequence[str] | None) -> Plan:
         "--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds and one warm-up call: a smoke test"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and data")
-    parser.add_argument("--ops", nargs="+", metavar="NAME", help="operations of profiling/registry.py; default: all")
+    parser.add_argument("--ops", nargs="+", metavar="NAME", help="operations of profiling/ops; default: all")
     parser.add_argument("--grid", nargs="+", metavar="NAME", help="shapes of ops; default: all, or the sizes given")
     parser.add_argument("--implementations", nargs="+", metavar="NAME", help="of ops; default: all")
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"], help="of ops")
@@ -209,7 +209,7 @@ def _has_cuda() -> bool:
 
 
 def say(text: str) -> None:
-    """One line to the reader, at once."""
+    """Print one line at once."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
@@ -309,13 +309,13 @@ def measure(plan: Plan, kind: str, benchmark: str) -> list[Record]:
             "timer": None if memory_only else "perf_counter",
             "load_average": load,
         }
-        found = []
+        measured = []
         for worker in workers:
             seconds = times[worker.method]
             timed = [] if memory_only else seconds
             p20, p50, p80 = records.quantiles(timed)
             own: dict[str, Any] = {name: worker.facts[name] for name in OWN_FACTS}
-            found.append(
+            measured.append(
                 Record(
                     **shared,
                     **own,
@@ -330,23 +330,25 @@ def measure(plan: Plan, kind: str, benchmark: str) -> list[Record]:
                     ratio_to_compile=records.paired_ratio(timed, times.get(COMPILE_METHODS.get(own["dtype"], ""), [])),
                 )
             )
-        return found
+        return measured
 
 
-def show(found: Sequence[Record]) -> None:
-    """A table of one benchmark's records."""
-    first = found[0]
+def show(measured: Sequence[Record]) -> None:
+    """Print a table of one benchmark's records."""
+    first = measured[0]
     threads = f"{first.threads} thread" + "s" * (first.threads != 1)
     rounds = f"{first.rounds} round" + "s" * (first.rounds != 1)
     say(f"{first.benchmark}: {first.device}, {threads}, {rounds}")
     columns = {
-        "method": [record.method for record in found],
-        **{f"{name} ms": [cell(getattr(record, name), 1e3, 2) for record in found] for name in ("p20", "p50", "p80")},
-        "x JAX": [cell(record.ratio_to_jax, 1.0, 2) for record in found],
-        "x eager": [cell(record.ratio_to_eager, 1.0, 2) for record in found],
-        "x compile": [cell(record.ratio_to_compile, 1.0, 2) for record in found],
-        "peak MiB": [cell(record.peak_bytes, 2.0**-20, 0) for record in found],
-        "built MiB": [cell(record.built_bytes, 2.0**-20, 0) for record in found],
+        "method": [record.method for record in measured],
+        **{
+            f"{name} ms": [cell(getattr(record, name), 1e3, 2) for record in measured] for name in ("p20", "p50", "p80")
+        },
+        "x JAX": [cell(record.ratio_to_jax, 1.0, 2) for record in measured],
+        "x eager": [cell(record.ratio_to_eager, 1.0, 2) for record in measured],
+        "x compile": [cell(record.ratio_to_compile, 1.0, 2) for record in measured],
+        "peak MiB": [cell(record.peak_bytes, 2.0**-20, 0) for record in measured],
+        "built MiB": [cell(record.built_bytes, 2.0**-20, 0) for record in measured],
     }
     print_table(columns)
 
@@ -382,18 +384,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kind in (name for name in plan.benchmarks if name not in IN_PROCESS):
         for benchmark in BENCHMARKS if kind == "memory" else (kind,):
             try:
-                found = measure(plan, kind, benchmark)
+                measured = measure(plan, kind, benchmark)
             except WorkerError as error:
                 say(f"{kind} was given up, {error}")
                 return 1
-            if not found:
+            if not measured:
                 say(f"{kind}: no method can run here")
                 return 1
             if plan.out is not None:
-                records.append(plan.out, found)
-            show(found)
+                records.append(plan.out, measured)
+            show(measured)
     for kind in (name for name in IN_PROCESS if name in plan.benchmarks):
-        if not importlib.import_module(f"profiling.{kind}").run(plan):
+        if not importlib.import_module(f"profiling.{IN_PROCESS[kind]}").run(plan):
             return 1
     return 0
 

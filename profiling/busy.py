@@ -21,7 +21,7 @@ from profiling.worker import BENCHMARKS, Job
 if TYPE_CHECKING:
     from profiling.bench import Plan, Worker
 
-LOOPS_A_CORE = 2
+LOOPS_PER_CORE = 2
 DEFAULT_ROUNDS = 50
 ONE_THREAD = "one thread"
 # Until whoever started it is gone, however that came about.
@@ -76,34 +76,34 @@ def measure(plan: Plan, workers: Mapping[str, Worker], benchmark: str, count: in
         "load_average": load,
         "busy_loops": count,
     }
-    found = []
+    measured = []
     for name, worker in workers.items():
         p20, p50, p80 = records.quantiles(times[name])
         own: dict[str, Any] = {fact: worker.facts[fact] for fact in bench.OWN_FACTS}
         # Totals and not medians: one call that waits for a time slice is what makes a run slow.
         total = sum(times[name])
         ratio = total / sum(times[ONE_THREAD])
-        found.append(
+        measured.append(
             Record(
                 **shared, **own, **worker.memory(), method=name, rounds=len(times[name]), p20=p20, p50=p50,
                 p80=p80, ratio_to_jax=None, ratio_to_eager=None, total=total, ratio_to_one_thread=ratio,
             )
         )  # fmt: skip
-    return found
+    return measured
 
 
-def show(found: list[Record]) -> None:
-    """A table of one benchmark's records."""
-    first = found[0]
+def show(measured: list[Record]) -> None:
+    """Print a table of one benchmark's records."""
+    first = measured[0]
     bench.say(f"{first.benchmark}: {first.device}, {first.busy_loops} busy loops beside, {first.rounds} rounds")
     columns = {
-        "threads wait": [record.method for record in found],
-        "threads": [str(record.threads) for record in found],
+        "threads wait": [record.method for record in measured],
+        "threads": [str(record.threads) for record in measured],
         **{
-            f"{name} ms": [bench.cell(getattr(record, name), 1e3, 2) for record in found]
+            f"{name} ms": [bench.cell(getattr(record, name), 1e3, 2) for record in measured]
             for name in ("p20", "p50", "p80", "total")
         },
-        "x one thread": [bench.cell(record.ratio_to_one_thread, 1.0, 2) for record in found],
+        "x one thread": [bench.cell(record.ratio_to_one_thread, 1.0, 2) for record in measured],
     }
     bench.print_table(columns)
 
@@ -127,12 +127,12 @@ def run(plan: Plan) -> bool:
         try:
             for worker in workers.values():
                 worker.built()
-            for count in (0, LOOPS_A_CORE * cores):
+            for count in (0, LOOPS_PER_CORE * cores):
                 for benchmark in BENCHMARKS:
-                    found = measure(plan, workers, benchmark, count)
+                    measured = measure(plan, workers, benchmark, count)
                     if plan.out is not None:
-                        records.append(plan.out, found)
-                    show(found)
+                        records.append(plan.out, measured)
+                    show(measured)
         except bench.WorkerError as error:
             bench.say(f"busy was given up, {error}")
             return False

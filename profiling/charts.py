@@ -35,7 +35,7 @@ class Curve(NamedTuple):
 
 
 def digest(numbers: Any) -> str:
-    """Of what a chart shows: JSON's types and named tuples of them."""
+    """Digest of what a chart shows: JSON's types and named tuples of them."""
     return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
 
 
@@ -61,7 +61,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path, numbers: Any) -> None:
-    """Whole or not at all."""
+    """Write the picture, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     figure.savefig(beside, format="png", dpi=DOTS_PER_INCH, metadata={KEYWORD: digest(numbers), "Software": None})
@@ -74,7 +74,7 @@ def _plain(axes: Any) -> None:
 
 
 def time_by_method(path: Path, panels: Sequence[Bars]) -> None:
-    """Horizontal bars, a panel a machine; unchanged where the picture shows the same numbers already."""
+    """Draw horizontal bars, a panel for each machine; unchanged where the picture shows the same numbers already."""
     if stored_digest(path) == digest(panels):
         return
     rows = max(len(panel.values) for panel in panels)
@@ -94,7 +94,7 @@ def time_by_method(path: Path, panels: Sequence[Bars]) -> None:
 
 
 def cost_against_rows(path: Path, curves: Sequence[Curve], title: str, unit: str) -> None:
-    """Both axes logarithmic, with the slope of proportional cost; unchanged if it shows the same numbers already."""
+    """Draw cost against rows on logarithmic axes; unchanged where the picture shows the same numbers already."""
     numbers = [curves, title, unit]
     if stored_digest(path) == digest(numbers):
         return

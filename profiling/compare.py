@@ -31,7 +31,7 @@ class Comparison(NamedTuple):
 
     @property
     def slower(self) -> bool:
-        """By more than the noise."""
+        """Whether it is slower by more than the noise."""
         return self.ratio > 1.0 + self.noise
 
 
@@ -49,9 +49,9 @@ def key(record: Record) -> Key:
     )
 
 
-def newest(found: Sequence[Record]) -> dict[Key, Record]:
+def newest(measured: Sequence[Record]) -> dict[Key, Record]:
     """The last record of every key that has a time."""
-    timed = (record for record in found if record.p50 is not None)
+    timed = (record for record in measured if record.p50 is not None)
     return {key(record): record for record in sorted(timed, key=lambda record: record.date)}
 
 
@@ -62,9 +62,9 @@ def _noise(record: Record) -> float:
     return (record.p80 - record.p20) / record.p50
 
 
-def _peer(record: Record, method: str, found: dict[Key, Record]) -> float | None:
+def _peer(record: Record, method: str, by_key: dict[Key, Record]) -> float | None:
     """The time of a peer in the same benchmark on the same machine."""
-    for other in found.values():
+    for other in by_key.values():
         if other.method == method and _call(other) == _call(record):
             return other.p50
     return None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from profiling.eager import EagerAgent
+from profiling.eager import EagerAgent, repeated
 from vgf_fast import TrainConfig, TransportBudget, VGFPolicy
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
@@ -83,7 +83,7 @@ class CompiledAgent(EagerAgent):
 
     def td_target(self, batch: Mapping[str, Tensor], noise: Tensor) -> Tensor:
         """TD target [B] from noise [B, N, A]."""
-        states = batch["next_observations"].unsqueeze(1).expand(-1, self.config.particles, -1)
+        states = repeated(batch["next_observations"], self.config.particles)
         moved = self.flow(states, self.draw(states, noise), self.config.train_budget)[-1]
         next_q = self._aggregate(self.target_critic(states, moved), self.config.target_q_aggregation).mean(dim=1)
         return batch["rewards"] + self.train.discount * batch["masks"] * next_q
@@ -107,7 +107,7 @@ class CompiledAgent(EagerAgent):
         self.critic_optimizer.zero_grad()
         self.behavior_optimizer.zero_grad()
         (critic_loss + behavior_loss).backward()
-        self._move_target()
+        self.move_target()
         self.critic_optimizer.step()
         self.behavior_optimizer.step()
         return {"critic_loss": critic_loss.detach(), "bc_loss": behavior_loss.detach()}

@@ -20,6 +20,7 @@ POLICY_OPTIONS = {
     "behavior": "flow",
     "particle_optimizer": "adam",
     "repulsion": True,
+    "kernel": "rbf",
     "bandwidth_gradient": False,
     "selection": "max",
 }
@@ -62,6 +63,11 @@ class Critic(nn.Module):
     def forward(self, states: Tensor, actions: Tensor) -> Tensor:
         """States [..., O], actions [..., A] -> [E, ...]."""
         return torch.stack([member(states, actions).squeeze(-1) for member in self.members])
+
+
+def repeated(observations: Tensor, count: int) -> Tensor:
+    """States beside each of ``count`` particles: [B, O] -> [B, count, O]."""
+    return observations.unsqueeze(1).expand(-1, count, -1)
 
 
 def svgd_direction(particles: Tensor, score: Tensor, temperature: float) -> Tensor:
@@ -146,8 +152,8 @@ class EagerAgent:
         return torch.randn(self.config.particles, self.config.action_dim, device=self.device, dtype=self.dtype)
 
     @torch.no_grad()
-    def _move_target(self) -> None:
-        """The target critic a part of the way to the critic."""
+    def move_target(self) -> None:
+        """Move the target critic a part of the way to the critic."""
         for target, parameter in zip(self.target_critic.parameters(), self.critic.parameters(), strict=True):
             target.mul_(1.0 - self.train.tau).add_(parameter, alpha=self.train.tau)
 
@@ -155,7 +161,7 @@ class EagerAgent:
         """One training update; ``batch`` and ``noise`` as ``vgf_fast.Learner.update`` takes them."""
         observations, actions = batch["observations"], batch["actions"]
         noise = self.draws(batch) if noise is None else noise
-        states = batch["next_observations"].unsqueeze(1).expand(-1, self.config.particles, -1)
+        states = repeated(batch["next_observations"], self.config.particles)
         moved = self.flow(states, self.draw(states, noise["particles"]), self.config.train_budget)[-1]
         with torch.no_grad():
             next_q = self._aggregate(self.target_critic(states, moved), self.config.target_q_aggregation).mean(dim=1)
@@ -169,7 +175,7 @@ class EagerAgent:
         self.critic_optimizer.zero_grad()
         self.behavior_optimizer.zero_grad()
         (critic_loss + behavior_loss).backward()
-        self._move_target()
+        self.move_target()
         self.critic_optimizer.step()
         self.behavior_optimizer.step()
         return {"critic_loss": critic_loss.detach(), "bc_loss": behavior_loss.detach()}

@@ -217,16 +217,16 @@ def main() -> None:
     if arguments.only != "judge":
         torch.manual_seed(1)
         reference = GPT2LMHeadModel(reference_config(tokenizer))
-        found = train(reference, encoded["train"], encoded["held_out"], arguments.epochs, 2e-3, 1, "reference")
+        perplexity = train(reference, encoded["train"], encoded["held_out"], arguments.epochs, 2e-3, 1, "reference")
         reference.save_pretrained(arguments.out / "reference")
         tokenizer.save_pretrained(arguments.out / "reference")
-        (arguments.out / "reference.json").write_text(json.dumps({"held_out_perplexity": found}))
+        (arguments.out / "reference.json").write_text(json.dumps({"held_out_perplexity": perplexity}))
     if arguments.only != "reference":
         torch.manual_seed(2)
         judge = Judge(len(tokenizer))
-        found = train(judge, encoded["train"], encoded["held_out"], arguments.epochs, 3e-3, 2, "judge")
+        perplexity = train(judge, encoded["train"], encoded["held_out"], arguments.epochs, 3e-3, 2, "judge")
         torch.save(judge.state_dict(), arguments.out / "judge.pt")
-        (arguments.out / "judge.json").write_text(json.dumps({"held_out_perplexity": found}))
+        (arguments.out / "judge.json").write_text(json.dumps({"held_out_perplexity": perplexity}))
 
 
 if __name__ == "__main__":

@@ -130,9 +130,9 @@ def data_scores(name: str, data: Path, metric: str) -> list[float]:
 def measure(name: str, data: Path, work: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Train and evaluate what is not done, and return the record."""
     sections = settings(name, data)
-    found = reproduce.reproduce(work / name, sections, seeds, None, _Reporter(), progress=False)
-    column, metric, factor = next(one for one in reproduce.METRICS if one[1] == found.metric)
-    rows = [row for row in reproduce.read_evaluations(work / name, seeds) if row["step"] == found.steps]
+    summary = reproduce.reproduce(work / name, sections, seeds, None, _Reporter(), progress=False)
+    column, metric, factor = next(one for one in reproduce.METRICS if one[1] == summary.metric)
+    rows = [row for row in reproduce.read_evaluations(work / name, seeds) if row["step"] == summary.steps]
     methods = {}
     for label in ("bc", *(f"L={steps}" for steps in FLOW_STEPS)):
         scores = [factor * row[column] for row in rows if row["label"] == label]
@@ -165,8 +165,8 @@ def measure_online(name: str, data: Path, work: Path, seeds: Sequence[int]) -> d
         for line in (out / RECORDS).read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             for key, value in record.items():
-                found, _, label = key.partition("/")
-                if label and found == kind:
+                prefix, _, label = key.partition("/")
+                if label and prefix == kind:
                     scores.setdefault(record["step"], {}).setdefault(label, []).append(factor * value)
     return {
         **_facts(f"{name} --online --data DIR"), "task": name, "metric": metric, "seeds": list(seeds),

@@ -170,10 +170,10 @@ def measure(search: Search, plan: Plan) -> list[Record]:
                 method = METHODS[(index + turn) % len(METHODS)]
                 times[method].append(servers[method].ask("call")["seconds"])
         facts = {method: server.ask("facts") for method, server in servers.items()}
-    found = []
+    measured = []
     for method in METHODS:
         p20, p50, p80 = records.quantiles(times[method])
-        found.append(
+        measured.append(
             Record(
                 date=date,
                 benchmark="llm",
@@ -199,7 +199,7 @@ def measure(search: Search, plan: Plan) -> list[Record]:
                 **facts[method],
             )
         )
-    return found
+    return measured
 
 
 def run(plan: Plan) -> bool:
@@ -207,11 +207,11 @@ def run(plan: Plan) -> bool:
     from profiling.bench import show
 
     for search in (QUICK,) if plan.quick else SEARCHES[plan.device]:
-        found = measure(search, plan)
+        measured = measure(search, plan)
         if plan.out is not None:
-            records.append(plan.out, found)
+            records.append(plan.out, measured)
         print(", ".join(f"{name} {size}" for name, size in search._asdict().items()))
-        show(found)
+        show(measured)
     return True
 
 

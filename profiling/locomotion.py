@@ -92,7 +92,7 @@ def search(env: Any, seed: int) -> list[Controller]:
     rng = np.random.default_rng(seed)
     size, actions = env.observation_space.shape[0], env.action_space.shape[0]
     weights, statistics = np.zeros((actions, size)), Statistics(size)
-    found = []
+    controllers = []
     with progress_bar("searching a controller", total=ITERATIONS) as advance:
         for iteration in range(ITERATIONS):
             mean, deviation = statistics.mean, statistics.deviation
@@ -107,13 +107,13 @@ def search(env: Any, seed: int) -> list[Controller]:
             spread = returns[best].std() + 1e-8
             slopes = (returns[best, 0] - returns[best, 1])[:, None, None] * directions[best]
             weights = weights + STEP_SIZE / spread * slopes.mean(axis=0)
-            found.append(Controller(weights, statistics.mean, statistics.deviation))
+            controllers.append(Controller(weights, statistics.mean, statistics.deviation))
             advance()
-    return found
+    return controllers
 
 
 def collect(env: Any, controllers: Sequence[Controller], episodes: int, seed: int) -> dict[str, NDArray[Any]]:
-    """Whole episodes of D4RL's keys: controllers from poor to good, noise of each size by turns."""
+    """Whole episodes under D4RL's keys: controllers from poor to good, noise of each size by turns."""
     rng = np.random.default_rng(seed)
     rows: dict[str, list[Any]] = {name: [] for name in ("observations", "actions", "rewards", "terminals", "timeouts")}
     with progress_bar("recording episodes", total=episodes) as advance:

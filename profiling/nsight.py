@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from profiling import machine
 from profiling.bench import say
-from profiling.report import table
+from profiling.tables import table
 
 RESULTS = machine.REPOSITORY / "profiling" / "results" / "nsight"
 KERNEL = "flow_step_kernel"

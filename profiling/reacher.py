@@ -139,7 +139,7 @@ def compare(config: demo.DemoConfig, jax_release: str, jax_python: str, threads:
         policies = {"ours": learner.policy, "release": VGFPolicy.from_reference_checkpoint(path, flags, "cpu")}
 
     say(f"evaluating {config.eval_episodes} episodes for each number of flow steps")
-    found = {name: _evaluated(policy, config) for name, policy in policies.items()}
+    evaluations = {name: _evaluated(policy, config) for name, policy in policies.items()}
     return {
         "date": date,
         "commit": machine.git_commit(),
@@ -159,7 +159,7 @@ def compare(config: demo.DemoConfig, jax_release: str, jax_python: str, threads:
             name: {
                 "first_update_seconds": first[name],
                 "other_updates_seconds": sum(turns[name]),
-                "results": [result.to_dict() for result in found[name]],
+                "results": [result.to_dict() for result in evaluations[name]],
             }
             for name in methods
         },
@@ -167,7 +167,7 @@ def compare(config: demo.DemoConfig, jax_release: str, jax_python: str, threads:
 
 
 def _evaluated(policy: VGFPolicy, config: demo.DemoConfig) -> list[EvaluationResult]:
-    """As the demo evaluates, on the same episodes."""
+    """Evaluate as the demo does, on the same episodes."""
     return evaluate(
         policy,
         demo.make_env,

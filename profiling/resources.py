@@ -40,77 +40,129 @@ FULL_RATE = {"sm_80": r"\bmma\.sync", "sm_90": r"\bHGMMA", "sm_100": r"\btcgen05
 OBSERVATION_DIM, ACTION_DIM, WIDTHS, MEMBERS = 29, 8, (512, 512, 512, 512), 2
 BATCH, PARTICLES, BEHAVIOR_STEPS, FLOW_STEPS = 256, 10, 10, 5
 PROCESSORS = 132  # of an H200; the launch table asks for them
+WRITTEN = ("out_ptr", "new_ptr", "q_ptr", "sums_ptr")  # arguments that kernels write, and do not read
 
 
 class Launch(NamedTuple):
-    """One launch as it would have been made."""
+    """One launch as it would have been made, specialised for an architecture as Triton's own dispatch does."""
 
     kernel: Any  # triton's JITFunction
-    signature: dict[str, str]  # argument -> type
-    constants: dict[str, Any]  # arguments known when compiling
-    aligned: tuple[str, ...]  # arguments known to be divisible by 16
+    arguments: tuple[Any, ...]  # tensors are replaced by what stands for their dtype
+    keywords: dict[str, Any]
+    signature: dict[str, Any]  # argument -> type, of a tuple those of its entries
+    constants: dict[Any, Any]  # path to an argument, or on into a tuple -> its value, known when compiling
+    attributes: dict[Any, Any]  # path -> what is known of the argument, such as a divisor
     options: dict[str, Any]  # warps, stages
+    grid: tuple[int, ...]
+    span: str  # the innermost range it was made in
+    tensor_bytes: tuple[int, ...]  # of each distinct tensor that is read
 
     @property
     def key(self) -> str:
-        """Equal for equal machine code."""
-        return repr((self.kernel.__name__, self.signature, sorted(self.constants.items()), self.aligned, self.options))
+        """A text that is equal for equal machine code."""
+        parts = (self.signature, self.constants, self.attributes, self.options)
+        return repr((self.kernel.__name__, *(sorted(map(repr, part.items())) for part in parts)))
+
+    def numbers(self) -> dict[str, Any]:
+        """Every number and name the kernel gets, by its own name; of a tuple by those of its fields."""
+        numbers: dict[str, Any] = {}
+        for name, value in (*zip(self.kernel.arg_names, self.arguments, strict=False), *self.keywords.items()):
+            parts = value._asdict() if hasattr(value, "_asdict") else {name: value}
+            numbers |= {part: one for part, one in parts.items() if isinstance(one, (int, float, str))}
+        return numbers
+
+    def flags(self) -> list[str]:
+        """Constants that choose what is computed, as a reader wants them."""
+        chosen = {
+            name: value
+            for name, value in self.numbers().items()
+            if name.isupper() and isinstance(value, (bool, str)) and value
+        }
+        return [name if value is True else f"{name}={value}" for name, value in chosen.items()]
+
+    def warm_up(self) -> None:
+        """Compile it for the GPU at hand, into Triton's cache."""
+        self.kernel.warmup(*self.arguments, grid=self.grid, **self.keywords)
 
 
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_cooperative_grid", "maxnreg")
+def _target(name: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name[3:]), 32)
 
 
-def _describe(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    """The launch as Triton's own dispatch would specialise it."""
-    import triton
+def _without_memory(value: Any) -> Any:
+    """An argument with every tensor in it replaced by what stands for its dtype."""
+    from triton.runtime.jit import MockTensor
 
-    names = [parameter.name for parameter in kernel.params]
-    values = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    aligned: list[str] = []
-    for parameter in kernel.params:
-        name = parameter.name
-        value = values.get(name, parameter.default)
-        is_free = not parameter.do_not_specialize
-        is_one = is_free and isinstance(value, int) and value == 1
-        if parameter.is_constexpr or value is None or is_one:
-            signature[name], constants[name] = "constexpr", value
-        elif torch.is_tensor(value):
-            signature[name] = "*" + triton.runtime.jit.type_canonicalisation_dict[str(value.dtype).split(".")[-1]]
-            if value.data_ptr() % 16 == 0:
-                aligned.append(name)
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if is_free and value % 16 == 0:
-                aligned.append(name)
-    options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
-    return Launch(kernel, signature, constants, tuple(aligned), options)
+    if torch.is_tensor(value):
+        return MockTensor(value.dtype)
+    if isinstance(value, tuple):
+        parts = tuple(map(_without_memory, value))
+        return type(value)(*parts) if hasattr(value, "_fields") else parts
+    return value
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _describe(kernel: Any, target: str, grid: Any, span: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(_target(target))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*args, **kwargs)
+    read = tuple(value for name, value in zip(kernel.arg_names, args, strict=False) if name not in WRITTEN)
+    _, signature, constants, attributes = kernel._pack_args(backend, dict(kwargs), bound, specialization, options)
+    return Launch(
+        kernel,
+        _without_memory(args),
+        {name: _without_memory(value) for name, value in kwargs.items()},
+        signature,
+        constants,
+        attributes,
+        {name: value for name, value in kwargs.items() if name not in kernel.arg_names},
+        tuple(map(int, grid(bound) if callable(grid) else grid)),
+        span,
+        tuple({t.data_ptr(): t.numel() * t.element_size() for t in _tensors(read)}.values()),
+    )
 
 
 @contextlib.contextmanager
-def recorded(amd: bool = False, wide_tiles: bool = False) -> Iterator[list[Launch]]:
-    """While it lasts, kernels are not launched but listed, and launchers take tensors on the CPU for the GPU's.
-
-    ``amd`` and ``wide_tiles`` are what the launch table asks about that GPU.
-    """
+def recorded(target: str = "sm_90") -> Iterator[list[Launch]]:
+    """While it lasts, kernels are not launched but listed, and launchers take tensors on the CPU for that GPU's."""
     import triton
-    from vgf_fast.kernels import launch
+    from vgf_fast.kernels import launch, packing, ranges
 
     launches: list[Launch] = []
+    spans = [""]
+
+    @contextlib.contextmanager
+    def span(name: str) -> Iterator[None]:
+        spans.append(name)
+        yield
+        spans.pop()
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(_describe(self, args, kwargs))
+        launches.append(_describe(self, target, grid, spans[-1], args, kwargs))
 
     with (
         mock.patch.object(triton.runtime.jit.JITFunction, "run", run),
-        mock.patch.object(launch, "interpreted", return_value=True),
+        mock.patch.object(launch, "check_device"),
+        mock.patch.object(packing, "_kernel_runs", return_value=True),
+        mock.patch.object(launch, "interpreted", return_value=False),
+        mock.patch.object(launch, "programmatic", return_value=target in ("sm_90", "sm_100")),
         mock.patch.object(launch, "precision", return_value="tf32"),
         mock.patch.object(launch, "processors", return_value=PROCESSORS),
-        mock.patch.object(launch, "wide_tiles", return_value=wide_tiles),
-        mock.patch.object(torch.version, "hip", "6.0" if amd else None),
+        mock.patch.object(launch, "wide_tiles", return_value=target == "sm_90"),
+        mock.patch.object(ranges, "span", span),
+        mock.patch.object(torch.version, "hip", "6.0" if target.startswith("gfx") else None),
     ):
         yield launches
 
@@ -133,28 +185,42 @@ def _packed(module: Any, dtype: torch.dtype) -> Any:
 
 def flow(dtype: torch.dtype, particles: int = PARTICLES, bandwidth_gradient: bool = False) -> None:
     """Particles drawn, moved, chosen, and the TD target of others."""
-    from vgf_fast.kernels import behavior_flow, critic, flow_step
+    from vgf_fast.kernels import sequence
 
     policy = _policy()
     states, noise = torch.zeros(BATCH, OBSERVATION_DIM), torch.zeros(BATCH, particles, ACTION_DIM)
     rewards = torch.zeros(BATCH)
     online, velocity = _packed(policy.critic, dtype), _packed(policy.behavior, dtype)
-    behavior_flow.behavior_flow(velocity, states, noise, BEHAVIOR_STEPS)
+    sequence.behavior_flow(velocity, states, noise, BEHAVIOR_STEPS)
     budget = (FLOW_STEPS, 0.1, 0.1, "mean", bandwidth_gradient)
-    for epilogue in (flow_step.Select(), flow_step.TDTarget(rewards, rewards, 0.99)):
-        flow_step.value_gradient_flow(online, states, noise, *budget, epilogue=epilogue)
-    critic.values_and_score(online, states, noise)
+    for epilogue in (sequence.Select(), sequence.TDTarget(rewards, rewards, 0.99)):
+        sequence.value_gradient_flow(online, states, noise, *budget, epilogue=epilogue)
+    sequence.values_and_score(online, states, noise)
 
 
 def acting(dtype: torch.dtype, bandwidth_gradient: bool = False) -> None:
     """One action of one state, by all processors of a large GPU."""
-    from vgf_fast.kernels import acting
+    from vgf_fast.kernels import sequence
 
     policy = _policy()
     states, noise = torch.zeros(1, OBSERVATION_DIM), torch.zeros(1, PARTICLES, ACTION_DIM)
     critic, velocity = _packed(policy.critic, dtype), _packed(policy.behavior, dtype)
     budget = (BEHAVIOR_STEPS, FLOW_STEPS, 0.1, 0.1, "mean", bandwidth_gradient)
-    acting.act(velocity, critic, states, noise, *budget)
+    sequence.act(velocity, critic, states, noise, *budget)
+
+
+def sizes_of_one() -> None:
+    """One state, particle, action entry, member, layer and unit, which Triton makes constants."""
+    from vgf_fast.kernels import sequence
+
+    from vgf_fast.networks import EnsembleMLP, VelocityField
+
+    critic = _packed(EnsembleMLP(1, 1, (1,), 1), torch.float32)
+    velocity = _packed(VelocityField(1, 1, (1,)), torch.float32)
+    states, noise = torch.zeros(1, 1), torch.zeros(1, 1, 1)
+    sequence.act(velocity, critic, states, noise, 2, 2, 0.1, 0.1, "mean", True)
+    target = sequence.TDTarget(states[0], states[0], 0.9)
+    sequence.value_gradient_flow(critic, states, noise, 1, 0.1, 0.1, epilogue=target)
 
 
 def particle_step(dtype: torch.dtype) -> None:
@@ -178,7 +244,7 @@ def particle_step(dtype: torch.dtype) -> None:
 
 def training(dtype: torch.dtype) -> None:
     """Weights packed; a training step of the critic and of the velocity field; gradients by themselves."""
-    from vgf_fast.kernels import mlp_training, packing
+    from vgf_fast.kernels import packing, training
 
     policy = _policy()
     states, actions = torch.zeros(BATCH, OBSERVATION_DIM), torch.zeros(BATCH, ACTION_DIM)
@@ -190,13 +256,13 @@ def training(dtype: torch.dtype) -> None:
     packed = packing.pack_many(stacks, dtype)
     targets = [torch.zeros_like(parameter) for parameter in stacks[0].parameters]
     batches = (
-        mlp_training.Batch(states, actions, None, None, target),
-        mlp_training.Batch(states, actions, time, actions, None),
+        training.Batch(states, actions, None, None, target),
+        training.Batch(states, actions, time, actions, None),
     )
     for stack, weights, batch, polyak in zip(stacks, packed, batches, (targets, ()), strict=True):
         adam = torch.optim.Adam(list(stack.parameters), lr=3e-4)
-        mlp_training.training_step_(stack, weights, batch, adam, targets=polyak, tau=0.005)
-    loss, _ = mlp_training.mlp_loss(stacks[0], states, actions, target, dtype=dtype)
+        training.training_step_(stack, weights, batch, adam, targets=polyak, tau=0.005)
+    loss, _ = training.mlp_loss(stacks[0], states, actions, target, dtype=dtype)
     loss.backward()
 
 
@@ -230,6 +296,7 @@ SCENARIOS: dict[str, tuple[Callable[[], None], bool]] = {
     "acting bf16": (lambda: acting(torch.bfloat16), True),
     "acting tf32": (lambda: acting(torch.float32), True),
     "acting bf16, median differentiated": (lambda: acting(torch.bfloat16, bandwidth_gradient=True), True),
+    "sizes of one": (sizes_of_one, False),
     "training bf16": (lambda: training(torch.bfloat16), True),
     "training tf32": (lambda: training(torch.float32), True),
     "particles float32": (lambda: particle_step(torch.float32), True),
@@ -244,16 +311,12 @@ SCENARIOS: dict[str, tuple[Callable[[], None], bool]] = {
 
 
 def compile_launch(launch: Launch, target: str) -> Any:
-    """Machine code of a launch for an architecture."""
+    """Machine code of a launch recorded for an architecture."""
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
-    names = launch.kernel.arg_names
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
-    source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
-    return triton.compile(source, target=gpu, options=launch.options)
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    return triton.compile(source, target=_target(target), options=launch.options)
 
 
 def _dump(cubin: bytes, option: str) -> str:
@@ -271,9 +334,9 @@ def resources(compiled: Any, target: str) -> dict[str, int]:
     if target.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]
         keys = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-        found = {key: int(re.search(rf"\.{key}:\s+(\d+)", assembly).group(1)) for key in keys}  # type: ignore[union-attr]
-        registers = found["vgpr_count"]
-        spilled = found["private_segment_fixed_size"] + found["vgpr_spill_count"]
+        counts = {key: int(re.search(rf"\.{key}:\s+(\d+)", assembly).group(1)) for key in keys}  # type: ignore[union-attr]
+        registers = counts["vgpr_count"]
+        spilled = counts["private_segment_fixed_size"] + counts["vgpr_spill_count"]
     else:
         cubin = compiled.asm["cubin"]
         report = _dump(cubin, "--dump-resource-usage")
@@ -299,25 +362,20 @@ def rows(targets: tuple[str, ...] = TARGETS, scenarios: tuple[str, ...] = tuple(
         for name, (make, is_paper_size) in SCENARIOS.items():
             if name not in scenarios:
                 continue
-            with recorded(target.startswith("gfx"), target == "sm_90") as launches:
+            with recorded(target) as launches:
                 make()
             for launch in launches:
                 if launch.key in seen:
                     continue
                 seen.add(launch.key)
-                flags = {
-                    key: value
-                    for key, value in launch.constants.items()
-                    if key.isupper() and isinstance(value, (bool, str)) and value not in (False, "")
-                }
                 yield {
                     "target": target,
                     "scenario": name,
                     "kernel": launch.kernel.__name__,
-                    "flags": " ".join(key if value is True else f"{key}={value}" for key, value in flags.items()),
+                    "flags": " ".join(launch.flags()),
                     "num_warps": launch.options.get("num_warps", 4),
                     "paper_size": is_paper_size,
-                    "has_product": "PRECISION" in launch.constants,
+                    "has_product": "PRECISION" in launch.numbers(),
                     **resources(compile_launch(launch, target), target),
                 }
 

@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from profiling import bench, launches, machine, ops
+from profiling import bench, launches, machine
 from profiling.bench import say
-from profiling.registry import GRIDS, OPS, Op
-from profiling.report import resources
+from profiling.ops import timing
+from profiling.ops.op import GRIDS, Op
+from profiling.ops.registry import OPS
+from profiling.tables.speed import resources
 from profiling.worker import Sizes
 from vgf_fast import native
 from vgf_fast.common.progress import progress_bar
@@ -33,8 +35,8 @@ REPEATS = 7
 DEFAULT_SECONDS = 60.0
 # Bytes of the weights that all programs of a flow read: two critics of the paper's, in bfloat16.
 SHARED_BYTES = 2 * 3 * 512 * 512 * 2
-# Rows for which a program of the flow kernels reads every weight once; ``kernels.launch.rows_block``.
-ROWS_A_PROGRAM = 64
+# Rows for which a program of a product reads every weight once, at least; ``kernels.launch.product_tile``.
+ROWS_PER_PROGRAM = 64
 COLORS = ("#1b6ca8", "#d95f02", "#7f7f7f")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 
@@ -89,11 +91,11 @@ class Placed(NamedTuple):
 
     @property
     def fraction(self) -> float | None:
-        """Of what is possible: the bound by the time taken."""
+        """Part of what is possible that is reached: the bound by the time taken."""
         return None if self.seconds is None else self.bounds[self.bound] / self.seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """For a record."""
+        """The entry of a record."""
         own = {"bound": self.bound, "fraction": self.fraction}
         return {
             "op": self.op,
@@ -109,7 +111,7 @@ class Placed(NamedTuple):
 
 
 def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call, after two that warm up."""
+    """Median seconds of one call, after two that warm up."""
     for _ in range(2):
         call()
     times = []
@@ -196,7 +198,7 @@ def launch_seconds(device: torch.device) -> float:
 
 
 def measured_ceilings(device: torch.device) -> Ceilings:
-    """Of the machine this runs on."""
+    """Measure the ceilings of the machine this runs on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine.cpu_name()
     matrix = {str(d).removeprefix("torch."): matrix_rate(d, device) for d in (torch.float32, torch.bfloat16)}
     if device.type == "cuda":
@@ -212,9 +214,9 @@ def measured_ceilings(device: torch.device) -> Ceilings:
 def work(op: Op, sizes: Sizes, dtype: torch.dtype, count: int) -> Work:
     """What an operation asks for; on a CPU a product reads its weights from the caches for all rows at once.
 
-    A program of the kernels reads a weight once for ``ROWS_A_PROGRAM`` rows, two FLOPs a row.
+    A program of the kernels reads a weight once for ``ROWS_PER_PROGRAM`` rows, two FLOPs a row.
     """
-    shared = op.matmul_flops(sizes, True) / (2.0 * ROWS_A_PROGRAM) * dtype.itemsize if op.networks else 0.0
+    shared = op.matmul_flops(sizes, True) / (2.0 * ROWS_PER_PROGRAM) * dtype.itemsize if op.networks else 0.0
     return Work(str(dtype).removeprefix("torch."), op.flops(sizes), op.bytes(sizes, dtype), shared, count)
 
 
@@ -249,9 +251,9 @@ def place(
             if left <= 0.0:
                 say(f"{op.name} ({grid}, {dtype}): left out, no time left")
                 continue
-            record = ops.measure(
+            record = timing.measure(
                 *(op, grid, sizes, dtype, device, [implementation]),
-                rounds=ops.DEFAULT_ROUNDS,
+                rounds=timing.DEFAULT_ROUNDS,
                 seconds=left / (len(todo) - index) / 2.0,
                 seed=seed,
             )[0]
@@ -279,7 +281,7 @@ def floors(names: Sequence[str]) -> list[Placed]:
 
 
 def show_ceilings(ceilings: Ceilings) -> None:
-    """A line for each."""
+    """Print a line for each ceiling."""
     say(ceilings.name)
     for dtype, rate in ceilings.matrix.items():
         say(f"  matrix products, {dtype}: {rate * 1e-12:.3g} TFLOP/s")
@@ -289,7 +291,7 @@ def show_ceilings(ceilings: Ceilings) -> None:
 
 
 def show(placed: Sequence[Placed]) -> None:
-    """A table."""
+    """Print a table of operations under their ceilings."""
     columns = {
         "operation": [p.op for p in placed],
         "sizes": [p.grid for p in placed],
@@ -368,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / f"roofline-{device.type}.json"
     record = {
-        **ops.facts(device),
+        **timing.facts(device),
         "sizes": dataclasses.asdict(sizes),
         "ceilings": ceilings._asdict(),
         "ops": [one.to_dict() for one in placed],
@@ -384,7 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show_ceilings(H200)
         show(floors(given.ops))
         say("\nand what the compiler gives the kernels, without a run:")
-        say(resources())
+        say(resources(RESULTS / "resources.json"))
     return 0
 
 

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from profiling import bench, machine, ops, records
-from profiling.ops import Timed
+from profiling import bench, machine, records
+from profiling.ops import timing
+from profiling.ops.op import Prepared
+from profiling.ops.registry import OPS
+from profiling.ops.timing import Timed
 from profiling.records import Record
-from profiling.registry import OPS, Prepared
 from profiling.torch_methods import configurations
 from profiling.worker import Sizes, random_batch
 from vgf_fast import Learner, VGFPolicy
@@ -80,12 +82,12 @@ def prepare(op: str, sizes: Sizes, device: torch.device, seed: int) -> Prepared:
 
 
 def backend(device: torch.device) -> str:
-    """The library's own choice."""
+    """The backend that the library chooses for a device."""
     return "triton" if device.type == "cuda" else "torch"
 
 
 def flops(op: str, sizes: Sizes) -> int:
-    """That it needs; an update's are its parts'."""
+    """FLOPs that an operation needs; an update needs those of its parts."""
     if op != UPDATE:
         return OPS[op].flops(sizes)
     parts = ("behavior_flow", "value_gradient_flow", "td_target", "critic_training_step", "behavior_training_step")
@@ -121,10 +123,10 @@ def fit(x: Sequence[float], seconds: Sequence[float]) -> Fit | None:
         (a, b), *_ = np.linalg.lstsq(rows, np.ones_like(times), rcond=None)
         if a < 0.0:
             a, (b, *_) = 0.0, np.linalg.lstsq(rows[:, 1:], np.ones_like(times), rcond=None)[0]
-        found = Fit(float(a), float(b), float(p))
-        error = float(np.square(found(values) / times - 1.0).sum())
+        fitted = Fit(float(a), float(b), float(p))
+        error = float(np.square(fitted(values) / times - 1.0).sum())
         if best is None or error < best[0]:
-            best = (error, found)
+            best = (error, fitted)
     assert best is not None
     return best[1]
 
@@ -159,7 +161,7 @@ def points(factor: Factor, op: str, base: Sizes, seconds: float, rate: float) ->
 
 
 def take_turns(timed: Mapping[int, Timed], rounds: int, deadline: float) -> dict[int, list[float]]:
-    """Seconds of every point in every round, as ``ops.take_turns``; slow points need no untimed round."""
+    """Seconds of every point in every round, as ``timing.take_turns``; slow points need no untimed round."""
     times: dict[int, list[float]] = {}
     for value, point in timed.items():
         first = point.seconds()
@@ -176,36 +178,36 @@ def take_turns(timed: Mapping[int, Timed], rounds: int, deadline: float) -> dict
 def measure(
     name: str, op: str, sizes: Mapping[int, Sizes], device: torch.device, rounds: int, seconds: float, seed: int
 ) -> list[Record]:
-    """One factor and operation: a record a point."""
+    """Measure one factor and operation: a record for each point."""
     deadline = time.perf_counter() + seconds
     # On a GPU what is overwritten keeps the device busy while the host launches what is timed.
     flush = None
     if device.type == "cuda":
-        flush = torch.empty(2 * ops.cache_bytes(device), dtype=torch.uint8, device=device)
+        flush = torch.empty(2 * timing.cache_bytes(device), dtype=torch.uint8, device=device)
     # The learner replays CUDA graphs of its own.
     timed = {
         value: Timed([prepare(op, given, device, seed)], flush, graphs=op != UPDATE) for value, given in sizes.items()
     }
     times = take_turns(timed, rounds, deadline)
     shared: dict[str, Any] = {
-        **ops.facts(device),
+        **timing.facts(device),
         "benchmark": f"scaling {name}",
         "op": op,
         "method": f"{backend(device)}-float32",
         "dtype": "float32",
         "ratio_to_jax": None,
         "ratio_to_eager": None,
-        "peak_bytes": ops.memory(device),
-        "built_bytes": ops.memory(device),
+        "peak_bytes": timing.memory(device),
+        "built_bytes": timing.memory(device),
         "copies": 1,
-        "cache_bytes": ops.cache_bytes(device),
+        "cache_bytes": timing.cache_bytes(device),
         "flushed_bytes": None if flush is None else flush.numel(),
         "clocks": machine.gpu_clocks() if device.type == "cuda" else None,
     }
-    found = []
+    measured = []
     for value, own in times.items():
         p20, p50, p80 = records.quantiles(own)
-        found.append(
+        measured.append(
             Record(
                 **shared,
                 sizes=dataclasses.asdict(sizes[value]),
@@ -218,7 +220,7 @@ def measure(
                 timer=timed[value].timer,
             )
         )
-    return found
+    return measured
 
 
 # --- what a reader sees ----------------------------------------------------------------------------------------------
@@ -234,14 +236,14 @@ class Curve(NamedTuple):
 
     @property
     def seconds(self) -> list[float]:
-        """Medians."""
+        """Median seconds of every point."""
         return [record.p50 for record in self.records if record.p50 is not None]
 
 
-def curves(found: Sequence[Record]) -> list[Curve]:
+def curves(measured: Sequence[Record]) -> list[Curve]:
     """The scaling records as curves, in the order of the first records; of equal points the newest."""
     newest: dict[tuple[str, str], dict[int, Record]] = {}
-    for record in sorted(found, key=lambda record: record.date):
+    for record in sorted(measured, key=lambda record: record.date):
         name = record.benchmark.removeprefix("scaling ")
         if name == record.benchmark or name not in FACTORS or record.op is None or record.p50 is None:
             continue
@@ -249,10 +251,10 @@ def curves(found: Sequence[Record]) -> list[Curve]:
     return [Curve(name, op, sorted(by_x), [by_x[x] for x in sorted(by_x)]) for (name, op), by_x in newest.items()]
 
 
-def show(found: Sequence[Record]) -> None:
-    """A table of exponents."""
+def show(measured: Sequence[Record]) -> None:
+    """Print a table of exponents."""
     rows = []
-    for curve in curves(found):
+    for curve in curves(measured):
         fitted = fit(curve.x, curve.seconds)
         rows.append(
             (
@@ -269,11 +271,11 @@ def show(found: Sequence[Record]) -> None:
     bench.print_table({name: [row[i] for row in rows] for i, name in enumerate(names)})
 
 
-def plot(found: Sequence[Record], path: str | os.PathLike[str]) -> None:
+def plot(measured: Sequence[Record], path: str | os.PathLike[str]) -> None:
     """Draw time against each factor, a panel each; needs matplotlib. Raises ``ValueError`` without scaling records."""
     from matplotlib.figure import Figure
 
-    drawn = curves(found)
+    drawn = curves(measured)
     if not drawn:
         raise ValueError("there are no scaling records, expected some of `python -m profiling.bench scaling`")
     names = list(dict.fromkeys(curve.factor for curve in drawn))
@@ -313,14 +315,14 @@ def plot(found: Sequence[Record], path: str | os.PathLike[str]) -> None:
 
 def run(plan: Plan) -> bool:
     """Measure, show, record and draw; whether anything was timed."""
-    device = ops.set_up(plan)
-    chosen = ops.chosen("--factors", plan.factors, list(FACTORS))
-    wanted = ops.chosen("--ops", plan.ops, SCALED)
+    device = timing.set_up(plan)
+    chosen = timing.chosen("--factors", plan.factors, list(FACTORS))
+    wanted = timing.chosen("--ops", plan.ops, SCALED)
     todo: list[tuple[str, str]] = [(name, op) for name in chosen for op in wanted if op in FACTORS[name].fields]
     deadline = time.perf_counter() + (plan.seconds or DEFAULT_SECONDS)
     rounds = plan.rounds or (bench.QUICK_ROUNDS if plan.quick else DEFAULT_ROUNDS)
-    rate = ops.flop_rate(device)
-    found: list[Record] = []
+    rate = timing.flop_rate(device)
+    measured: list[Record] = []
     left_out = []
     with progress_bar("scaling", total=len(todo)) as advance:
         for index, (name, op) in enumerate(todo):
@@ -329,23 +331,23 @@ def run(plan: Plan) -> bool:
             if plan.quick:
                 sizes = dict(list(sizes.items())[:QUICK_POINTS])
             if sizes:
-                measured = measure(name, op, sizes, device, rounds, seconds, plan.seed)
-                found += measured
+                new = measure(name, op, sizes, device, rounds, seconds, plan.seed)
+                measured += new
                 if plan.out is not None:
-                    records.append(plan.out, measured)
+                    records.append(plan.out, new)
             if missing:
                 left_out.append(f"{op}, {name}: {', '.join(map(str, missing))} left out, no time left")
             advance()
     for line in left_out:
         bench.say(line)
-    if not found:
+    if not measured:
         bench.say("scaling: no point fits into the time")
         return False
-    bench.say(f"scaling: {found[0].device}, {found[0].threads} threads, {found[0].method}")
-    show(found)
+    bench.say(f"scaling: {measured[0].device}, {measured[0].threads} threads, {measured[0].method}")
+    show(measured)
     if plan.plot is not None:
         try:
-            plot(found, plan.plot)
+            plot(measured, plan.plot)
         except ImportError as error:
             bench.say(f"no drawing: {error}")
     return True

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from profiling import bench, machine, records, registry
+from profiling import bench, machine, records
+from profiling.ops.check import check
+from profiling.ops.op import GRIDS, IMPLEMENTATIONS, Inputs, Op, Prepared, obstacle
+from profiling.ops.registry import OPS
 from profiling.records import Record
-from profiling.registry import GRIDS, IMPLEMENTATIONS, OPS, Inputs, Op, Prepared
 from profiling.worker import Sizes
 from vgf_fast.common.progress import progress_bar
 
@@ -211,7 +213,7 @@ def measure(
         "cache_bytes": cache_bytes(device),
         "ratio_to_jax": None,
     }
-    wrong = registry.check(op, implementations, check_sizes(op, sizes, device), dtype, device, seed + CHECK_SEED)
+    wrong = check(op, implementations, check_sizes(op, sizes, device), dtype, device, seed + CHECK_SEED)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     built = memory(device)
@@ -226,12 +228,12 @@ def measure(
         if wrong[name] is None
     }
     times = take_turns(timed, rounds, time.perf_counter() + seconds)
-    found = []
+    measured = []
     clocks = machine.gpu_clocks() if device.type == "cuda" else None
     for name in implementations:
         own = times.get(name, [])
         p20, p50, p80 = records.quantiles(own)
-        found.append(
+        measured.append(
             Record(
                 **shared,
                 method=f"{name}-{dtype_name}",
@@ -251,7 +253,7 @@ def measure(
                 clocks=clocks,
             )
         )
-    return found
+    return measured
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -269,7 +271,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """For a reader."""
+        """Operation, grid and dtype as a reader is told."""
         return f"{self.op.name} ({self.grid}, {str(self.dtype).removeprefix('torch.')})"
 
 
@@ -289,7 +291,7 @@ def points(plan: Plan, device: torch.device) -> list[Point]:
     ops = [OPS[name] for name in chosen("--ops", plan.ops, list(OPS))]
     able = []
     for name in chosen("--implementations", plan.implementations, IMPLEMENTATIONS):
-        if why := registry.obstacle(name, device):
+        if why := obstacle(name, device):
             bench.say(f"{name}: skipped, {why}")
         else:
             able.append(name)
@@ -318,7 +320,7 @@ def flop_rate(device: torch.device) -> float:
 
 
 def _expected_seconds(point: Point, rate: float) -> float:
-    """Of ``MIN_ROUNDS`` rounds and one untimed, at the rate of large products."""
+    """Seconds expected of ``MIN_ROUNDS`` rounds and one untimed, at the rate of large products."""
     return (MIN_ROUNDS + 1) * len(point.implementations) * point.op.matmul_flops(point.sizes, False) / rate
 
 
@@ -333,11 +335,11 @@ def set_up(plan: Plan) -> torch.device:
     return device
 
 
-def show(found: Sequence[Record]) -> None:
-    """A table of the records of one operation and shape."""
-    first = found[0]
-    timed = [record for record in found if record.fault is None]
-    for record in found:
+def show(measured: Sequence[Record]) -> None:
+    """Print a table of the records of one operation and shape."""
+    first = measured[0]
+    timed = [record for record in measured if record.fault is None]
+    for record in measured:
         if record.fault is not None:
             bench.say(f"{first.op} ({first.grid}): {record.method} is not timed, {record.fault}")
     if not timed:
@@ -378,7 +380,7 @@ def run(plan: Plan) -> bool:
             if remaining <= 0.0 or _expected_seconds(point, rate) > remaining:
                 left_out.append(point)
             else:
-                found = measure(
+                measured = measure(
                     point.op,
                     point.grid,
                     point.sizes,
@@ -389,10 +391,10 @@ def run(plan: Plan) -> bool:
                     seconds=remaining / (len(todo) - index),
                     seed=plan.seed,
                 )
-                show(found)
+                show(measured)
                 if plan.out is not None:
-                    records.append(plan.out, found)
-                anything |= any(record.p50 is not None for record in found)
+                    records.append(plan.out, measured)
+                anything |= any(record.p50 is not None for record in measured)
             advance()
     for point in left_out:
         bench.say(f"{point.name}: left out with {', '.join(point.implementations)}, no time left")
