@@ -39,7 +39,11 @@ class Section:
 CPU = Section(("cpu.jsonl",), speed.times)
 # Page, from the repository's root -> its sections, by the name between their markers.
 PAGES: Mapping[str, Mapping[str, Section]] = {
-    "README.md": {"demo": Section(("demo",), learned.demonstration), "cpu": CPU},
+    "README.md": {
+        "demo": Section(("demo",), learned.demonstration),
+        "cpu": CPU,
+        "predicted": Section(("predicted.json", "gpu.jsonl"), speed.predicted_times),
+    },
     "docs/reproduce.md": {
         "learning": Section(("learning",), learned.learned),
         "online": Section(("learning",), learned.online),

@@ -102,17 +102,22 @@ def resources(path: Path) -> str:
     )
 
 
-def predicted(path: Path, measured: Path) -> str:
-    """Times of an update and an action by the model of the machine code, and what a GPU took where that is known."""
-    if not path.is_file():
-        return "Not yet predicted."
-    record, gpu = load(path), latest(measured)
-    method = f"ours-{record['precision']}"
-    taken = {
+def _taken(record: dict[str, Any], measured: Path) -> dict[str, dict[str, Any]]:
+    """What a GPU took for the works that a prediction has."""
+    gpu, method = latest(measured), f"ours-{record['precision']}"
+    return {
         work: gpu[work][method]
         for work in WORKS
         if method in gpu.get(work, {}) and gpu[work][method]["p50"] is not None
     }
+
+
+def predicted_times(path: Path, measured: Path) -> str:
+    """Times of an update and an action by the model of the machine code, and what a GPU took where that is known."""
+    if not path.is_file():
+        return "Not yet predicted."
+    record = load(path)
+    taken = _taken(record, measured)
 
     def error(work: str) -> str:
         whole = record[work].get("two branches", record[work]["one chain"])
@@ -127,7 +132,22 @@ def predicted(path: Path, measured: Path) -> str:
     if taken:
         columns["us measured"] = lambda work: number(1e6 * taken[work]["p50"], 0) if work in taken else ""
         columns["error of the model, %"] = error
-    kernels = []
+    about = (
+        f"Predicted, not measured: an H200, by a model of the machine code for {record['target']} of Triton "
+        f"{record['triton']}, at the paper's sizes in {record['precision']}. "
+        f"Record: {named(path)}, from `python -m profiling.predict --write`."
+    )
+    if taken:
+        dates, devices = ([one[key] for one in taken.values()] for key in ("date", "device"))
+        about += f" {source(measured, dates, devices)}"
+    return f"{by_columns(WORKS, columns)}\n\n{about}"
+
+
+def predicted(path: Path, measured: Path) -> str:
+    """``predicted_times``, and the kernels by their share of them."""
+    if not path.is_file():
+        return "Not yet predicted."
+    record, kernels = load(path), []
     for work, title in WORKS.items():
         variants: dict[str, list[dict[str, Any]]] = {}
         for row in record[work]["kernels"]:
@@ -137,16 +157,8 @@ def predicted(path: Path, measured: Path) -> str:
             most = (str(max(row[key] for row in variants[name])) for key in ("registers", "spilled_bytes"))
             launched = sum(row["launches"] for row in variants[name])
             kernels.append([f"`{name}`", title, str(launched), number(spent[name], 0), *most])
-    header = ["kernel", "in", "launches", "us of all, predicted", "registers", "bytes spilled"]
-    about = (
-        f"Predicted, not measured: an H200, by a model of the machine code for {record['target']} of Triton "
-        f"{record['triton']}, at the paper's sizes in {record['precision']}. Kernels are without the gaps before them. "
-        f"Record: {named(path)}, from `python -m profiling.predict --write`."
-    )
-    if taken:
-        dates, devices = ([one[key] for one in taken.values()] for key in ("date", "device"))
-        about += f" {source(measured, dates, devices)}"
-    return f"{by_columns(WORKS, columns)}\n\n{table(header, kernels)}\n\n{about}"
+    header = ["kernel", "in", "launches", "us of all, without gaps", "registers", "bytes spilled"]
+    return f"{predicted_times(path, measured)}\n\n{table(header, kernels)}"
 
 
 def operations(path: Path) -> str:
