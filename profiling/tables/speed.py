@@ -158,7 +158,8 @@ def predicted(path: Path, measured: Path) -> str:
             launched = sum(row["launches"] for row in variants[name])
             kernels.append([f"`{name}`", title, str(launched), number(spent[name], 0), *most])
     header = ["kernel", "in", "launches", "us of all, without gaps", "registers", "bytes spilled"]
-    return f"{predicted_times(path, measured)}\n\n{table(header, kernels)}"
+    whole, _, about = predicted_times(path, measured).rpartition("\n\n")
+    return f"{whole}\n\n{table(header, kernels)}\n\n{about}"
 
 
 def operations(path: Path) -> str:
