@@ -72,12 +72,13 @@ class Work(NamedTuple):
 
 
 def _recorded(function: Callable[[], object]) -> list[Launch]:
-    from vgf_fast import backends, fused
+    from vgf_fast.backends import choice
+    from vgf_fast.backends import triton as triton_backend
 
     with (
         resources.recorded(TARGET) as recorded,
-        mock.patch.object(backends, "_kernel_obstacle", return_value=None),
-        mock.patch.object(fused, "runs", return_value=True),
+        mock.patch.object(choice, "_kernel_obstacle", return_value=None),
+        mock.patch.object(triton_backend, "runs", return_value=True),
     ):
         function()
     return recorded

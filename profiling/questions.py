@@ -117,7 +117,7 @@ def _network(timer: Timer, dtype: torch.dtype, states: int, particles: int, pdl:
     from vgf_fast.kernels.sequence import Network
 
     from vgf_fast import VGFConfig, VGFPolicy
-    from vgf_fast.fused import stack
+    from vgf_fast.backends.triton import stack
 
     _, width = _sizes(timer)
     policy: Any = VGFPolicy(VGFConfig(29, 8, hidden_dims=(width,) * 4, behavior_hidden_dims=(width,) * 4), timer.device)

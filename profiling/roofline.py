@@ -27,7 +27,7 @@ from profiling.ops.op import GRIDS, Op
 from profiling.ops.registry import OPS
 from profiling.tables.speed import resources
 from profiling.worker import Sizes
-from vgf_fast import native
+from vgf_fast.backends import native
 from vgf_fast.common.progress import progress_bar
 
 RESULTS = machine.REPOSITORY / "profiling" / "results"

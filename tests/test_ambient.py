@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import vgf_fast as vgf
-from vgf_fast import functional, native
+from vgf_fast import functional
+from vgf_fast.backends import native
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.data.replay import ReplayBuffer
 

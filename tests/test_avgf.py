@@ -9,6 +9,7 @@ import torch
 from release import DATA, below, relative_error
 
 from vgf_fast import Learner, TrainConfig, VGFConfig, VGFPolicy, reference
+from vgf_fast.backends import torch as torch_backend
 from vgf_fast.config import TransportBudget, config_from_reference
 from vgf_fast.data.dataset import Dataset
 from vgf_fast.networks import ScoreField
@@ -106,7 +107,7 @@ def test_flow_equals_its_definition():
     field = ScoreField(4, 3, (9, 7), generator=generator).double()
     states = torch.randn(5, 4, generator=generator, dtype=torch.float64)
     start = torch.rand(5, 6, 3, generator=generator, dtype=torch.float64) * 2 - 1
-    result = reference.amortized_flow(
+    result = torch_backend.amortized_flow(
         reference.FieldAtStates(field.stacked(), states), start, 4, 0.1, per_state=True, return_trajectory=True
     )
     x = start.clone().requires_grad_()

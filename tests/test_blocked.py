@@ -5,10 +5,12 @@ import pytest
 import torch
 from release import relative_error
 
-from vgf_fast import blocked, reference
+from vgf_fast import reference
+from vgf_fast.backends import blocked
+from vgf_fast.backends import torch as torch_backend
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() or not blocked._supports(torch.float32), reason="needs a CPU with oneDNN"
+    torch.cuda.is_available() or not blocked._multiplies(torch.float32), reason="needs a CPU with oneDNN"
 )
 OBSERVATION_DIM, ACTION_DIM = 7, 3
 BOUND = 4e-6
@@ -63,29 +65,29 @@ def test_it_is_taken_where_rows_are_many():
     module = networks.critic(OBSERVATION_DIM, ACTION_DIM, (24, 24))
     states, actions = networks.states_and_actions(60, 10, OBSERVATION_DIM, ACTION_DIM)
     weights = module.stacked()
-    assert isinstance(reference.critic_at_states(weights, states, 10), blocked.BlockedCriticAtStates)
-    assert isinstance(reference.critic_at_states(weights, states, 1), reference.CriticAtStates)
-    assert isinstance(reference.critic_at_states(weights.to(torch.float64), states, 10), reference.CriticAtStates)
+    assert isinstance(torch_backend.critic_at_states(weights, states, 10), blocked.BlockedCriticAtStates)
+    assert isinstance(torch_backend.critic_at_states(weights, states, 1), reference.CriticAtStates)
+    assert isinstance(torch_backend.critic_at_states(weights.to(torch.float64), states, 10), reference.CriticAtStates)
     plain = reference.CriticAtStates(weights, states).score(actions)
-    assert relative_error(reference.critic_at_states(weights, states, 10).score(actions), plain) < BOUND
+    assert relative_error(torch_backend.critic_at_states(weights, states, 10).score(actions), plain) < BOUND
 
 
-@pytest.mark.skipif(not blocked._supports(torch.bfloat16), reason="this CPU has no bfloat16 products")
+@pytest.mark.skipif(not blocked._multiplies(torch.bfloat16), reason="this CPU has no bfloat16 products")
 def test_bfloat16():
     module = networks.critic(OBSERVATION_DIM, ACTION_DIM, (64, 64))
     states, actions = networks.states_and_actions(130, 10, OBSERVATION_DIM, ACTION_DIM)
     truth = reference.CriticAtStates(networks.exact(module), states.double()).score(actions.double())
     weights = module.stacked().to(torch.bfloat16)
-    ours = reference.critic_at_states(weights, states, 10).score(actions)
+    ours = torch_backend.critic_at_states(weights, states, 10).score(actions)
     plain = reference.CriticAtStates(weights, states).score(actions)
     errors = [(score.double() - truth).square().mean().sqrt().item() for score in (ours, plain)]
     assert errors[0] < 1.2 * errors[1]
 
 
 def test_without_the_operators_the_plain_form_is_taken(monkeypatch):
-    blocked._supports.cache_clear()
+    blocked._multiplies.cache_clear()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     module = networks.critic(OBSERVATION_DIM, ACTION_DIM, (24, 24))
     states, _ = networks.states_and_actions(60, 10, OBSERVATION_DIM, ACTION_DIM)
-    assert isinstance(reference.critic_at_states(module.stacked(), states, 10), reference.CriticAtStates)
-    blocked._supports.cache_clear()
+    assert isinstance(torch_backend.critic_at_states(module.stacked(), states, 10), reference.CriticAtStates)
+    blocked._multiplies.cache_clear()

@@ -15,7 +15,8 @@ import pytest
 import torch
 import yaml
 
-from vgf_fast import cli, native
+from vgf_fast import cli
+from vgf_fast.backends import native
 from vgf_fast.cli import main
 from vgf_fast.common import checkpoints
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vgf_fast as vgf
-from vgf_fast import native
+from vgf_fast.backends import native
 
 NAN, INF = float("nan"), float("inf")
 STATES, PARTICLES = networks.states_and_actions(3, 6, 5, 3)

@@ -11,7 +11,7 @@ from release import relative_error
 from tolerances import BOUNDS, F32, within_twice
 
 import vgf_fast as vgf
-from vgf_fast import flow_gradient
+from vgf_fast.backends import operators
 
 F64 = torch.float64
 EXACT = {"flow_gradient": "exact"}
@@ -238,7 +238,7 @@ def test_gradients_do_not_depend_on_how_states_are_taken_together(monkeypatch):
         )
 
     together = all_gradients()
-    monkeypatch.setattr(flow_gradient, "_CHUNK_ENTRIES", 2 * 3 * 2 * 6)
+    monkeypatch.setattr(operators, "_CHUNK_ENTRIES", 2 * 3 * 2 * 6)
     for value, expected in zip(all_gradients(), together, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
 
@@ -392,14 +392,14 @@ def test_the_kernels_forward_pass_has_the_same_gradients(optimizer):
 def operator_calls(dtype, backend):
     """Every operator with the arguments of every mode."""
     net, field, (states, x) = critic(dtype=dtype), velocity(dtype=dtype), inputs(dtype=dtype)
-    q, v = (flow_gradient.flat(module.stacked().detach()) for module in (net, field))
+    q, v = (operators.flat(module.stacked().detach()) for module in (net, field))
     options = (2, 0.05, 0.3, "mean", False, True, "adam")
-    yield flow_gradient.critic_op, (*q, states, x, "min", backend)
+    yield operators.critic_op, (*q, states, x, "min", backend)
     for mode in ("exact", "identity"):
-        yield flow_gradient.behavior_op, (*v, states, x, 2, backend, mode)
-        yield flow_gradient.flow_op, (*q, states, x, *options, False, True, backend, mode)
-    yield flow_gradient.flow_op, (*q, states, x, *options, True, False, backend, "identity")
-    yield flow_gradient.flow_op, (*q, states.detach(), x.detach(), *options, False, False, backend, "none")
+        yield operators.behavior_op, (*v, states, x, 2, backend, mode)
+        yield operators.flow_op, (*q, states, x, *options, False, True, backend, mode)
+    yield operators.flow_op, (*q, states, x, *options, True, False, backend, "identity")
+    yield operators.flow_op, (*q, states.detach(), x.detach(), *options, False, False, backend, "none")
 
 
 @pytest.mark.parametrize("number", range(7))

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import vgf_fast as vgf
-from vgf_fast import backends, functional, reference
+from vgf_fast import functional, reference
+from vgf_fast.backends import choice
 from vgf_fast.networks import EnsembleMLP, VelocityField
 
 CRITIC = EnsembleMLP(4, 2, (8,), generator=torch.Generator().manual_seed(0))
@@ -194,7 +195,7 @@ class TestBackends:
     def test_limits_are_named_and_auto_steps_back_to_torch_once(self, particles, width, dtype, message, caplog):
         with pytest.raises(ValueError, match=message):
             functional.resolve_backend("triton", self.CUDA, particles, width, dtype)
-        backends._say_fallback.cache_clear()
+        choice._say_fallback.cache_clear()
         for _ in range(3):
             assert functional.resolve_backend("auto", self.CUDA, particles, width, dtype) == "torch"
         assert [record.message for record in caplog.records if message in record.message] != []
@@ -232,7 +233,7 @@ class TestBackends:
         torch.testing.assert_close(*targets, rtol=1e-4, atol=1e-5)
 
     def test_triton_not_installed(self, monkeypatch):
-        monkeypatch.setattr(backends, "triton_installed", lambda: False)
+        monkeypatch.setattr(choice, "triton_installed", lambda: False)
         with pytest.raises(ValueError, match=r"pip install 'vgf_fast\[triton\]'"):
             functional.resolve_backend("triton", self.CUDA, 10, 8, torch.float32)
 

@@ -14,7 +14,7 @@ from launches import count_launches
 
 import vgf_fast as vgf
 import vgf_fast.learner
-from vgf_fast import graphs
+from vgf_fast.backends import graphs
 from vgf_fast.data.dataset import Dataset
 
 pytest.importorskip("triton")
@@ -146,7 +146,7 @@ def train(dataset, device, steps, **options):
 
 
 def test_fit_by_replays_gives_the_same(dataset, device, recorded, monkeypatch):
-    monkeypatch.setattr(vgf_fast.learner, "UPDATES_A_REPLAY", 2)
+    monkeypatch.setattr(vgf_fast.learner, "UPDATES_PER_REPLAY", 2)
     plain, plain_records = train(dataset, device, 9, cuda_graph=False)
     assert recorded == []
     monkeypatch.setattr(vgf.Learner, "_can_capture", lambda self: True)
@@ -192,7 +192,7 @@ class Streams:
 
 def test_branches_of_a_pipelined_fit(dataset, monkeypatch):
     """The behaviour model's step and the next particles on one stream, the critic's flow and step on the other."""
-    monkeypatch.setattr(vgf_fast.learner, "UPDATES_A_REPLAY", 2)
+    monkeypatch.setattr(vgf_fast.learner, "UPDATES_PER_REPLAY", 2)
     learner = vgf.Learner(vgf.VGFPolicy(CONFIG, backend="triton"), TRAIN)
     monkeypatch.setattr(vgf.Learner, "_can_capture", lambda self: True)
     streams = Streams(monkeypatch)
@@ -222,7 +222,7 @@ def test_branches_of_a_pipelined_fit(dataset, monkeypatch):
 
 def test_branches_may_run_in_either_order(dataset, monkeypatch):
     """Numbers do not depend on whether a branch is through before the other begins, or begins after its end."""
-    monkeypatch.setattr(vgf_fast.learner, "UPDATES_A_REPLAY", 3)
+    monkeypatch.setattr(vgf_fast.learner, "UPDATES_PER_REPLAY", 3)
     monkeypatch.setattr(vgf.Learner, "_can_capture", lambda self: True)
     results = []
     # On the CPU a fork does its work at once; the other is the work itself, done when its result is asked for.
@@ -237,7 +237,7 @@ def test_branches_may_run_in_either_order(dataset, monkeypatch):
 
 def test_a_pipelined_fit_resumes_exactly(dataset, monkeypatch, tmp_path):
     """Nothing drawn ahead is left over: saved between replays, resumed with or without them."""
-    monkeypatch.setattr(vgf_fast.learner, "UPDATES_A_REPLAY", 2)
+    monkeypatch.setattr(vgf_fast.learner, "UPDATES_PER_REPLAY", 2)
     whole = vgf.Learner(vgf.VGFPolicy(CONFIG, backend="triton"), TRAIN)
     whole.fit(dataset, 3, progress=False)
     for pipelined in (True, False):

@@ -30,6 +30,7 @@ from properties import given, settings, st
 
 import vgf_fast as vgf
 from vgf_fast import reference
+from vgf_fast.backends import torch as torch_backend
 
 # --- functions -------------------------------------------------------------------------------------------------------
 
@@ -43,7 +44,7 @@ def exact(module):
 
 
 def critic_truth(critic, observations, actions, q_aggregation="mean", **_):
-    at_states = reference.critic_at_states(exact(critic), observations, actions.shape[1])
+    at_states = torch_backend.critic_at_states(exact(critic), observations, actions.shape[1])
     return at_states.values_and_score(actions, q_aggregation)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vgf_fast as vgf
-from vgf_fast import layers, reference
+from vgf_fast import reference
 
 STATES, PARTICLES = torch.zeros(2, 3), torch.zeros(2, 4, 1)
 
@@ -14,7 +14,7 @@ def test_activation():
     wrong = weights._replace(activation="tanh")
     with pytest.raises(ValueError, match="activation is 'tanh', expected one of 'relu', 'gelu', 'swish'"):
         reference.member_values(wrong, STATES, PARTICLES[:, 0])
-    for function in (layers.activate_, lambda name, y: layers.activation_backward(name, y, y)):
+    for function in (reference.activate_, lambda name, y: reference.activation_backward(name, y, y)):
         with pytest.raises(ValueError, match="activation is 'Relu'"):
             function("Relu", STATES)
 

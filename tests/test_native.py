@@ -13,7 +13,9 @@ from properties import assume, given, settings, st
 from release import relative_error
 from tolerances import BOUNDS, within_twice
 
-from vgf_fast import VGFConfig, VGFPolicy, native, reference
+from vgf_fast import VGFConfig, VGFPolicy, reference
+from vgf_fast.backends import native
+from vgf_fast.backends import torch as torch_backend
 
 F32 = torch.float32
 pytestmark = pytest.mark.skipif(
@@ -223,9 +225,9 @@ def test_it_reads_the_weights_as_they_are_now():
     """A weight changed through ``.data`` has no new version; nothing here keeps a copy of it."""
     policy = VGFPolicy(VGFConfig(observation_dim=OBSERVATION_DIM, action_dim=3, hidden_dims=(32, 32)))
     states, actions = networks.states_and_actions(1, 4, OBSERVATION_DIM, 3)
-    before = reference.critic_at_states(policy.critic.stacked(), states, 4).score(actions)
+    before = torch_backend.critic_at_states(policy.critic.stacked(), states, 4).score(actions)
     policy.critic.weights[1].data.mul_(2.0)
-    after = reference.critic_at_states(policy.critic.stacked(), states, 4).score(actions)
+    after = torch_backend.critic_at_states(policy.critic.stacked(), states, 4).score(actions)
     assert not torch.equal(before, after)
 
 
@@ -235,7 +237,7 @@ def test_where_it_is_taken():
     states, _ = networks.states_and_actions(2, 1, OBSERVATION_DIM, 3)
 
     def form(weights, particles=5):
-        return type(reference.critic_at_states(weights, states, particles))
+        return type(torch_backend.critic_at_states(weights, states, particles))
 
     assert form(weights) is form(weights.to(torch.bfloat16)) is native.NativeCriticAtStates
     assert form(weights, 200) is native.NativeCriticAtStates
@@ -247,7 +249,6 @@ def test_where_it_is_taken():
         assert form(other) is reference.CriticAtStates
 
 
-CONSTANTS = (0.9, 0.999, 1e-8, 1e-12, 1e-6)
 # bandwidth_gradient, repulsion and the particle kernel
 MODES = [(False, True, "rbf"), (True, True, "rbf"), (False, False, "rbf"), (False, True, "imq"), (True, True, "imq")]
 
@@ -261,7 +262,7 @@ def draw(states, particles, action_dim, seed, clumps=0):
 
 
 def moved(x, score, mode, optimizer="adam", step_size=0.1, temperature=0.3, steps=1):
-    flow = native.FlowSteps(x.clone(), step_size, temperature, *mode[:2], optimizer, mode[2], CONSTANTS)
+    flow = native.FlowSteps(x.clone(), step_size, temperature, *mode[:2], optimizer, mode[2])
     for _ in range(steps):
         flow.step(score)
     return flow
@@ -283,7 +284,7 @@ def test_direction(states, particles, action_dim, clumps, mode, temperature, see
     if mode[0]:
         # Rounding may take one entry for another as the median.
         assume(bool((truth.gap > 1e-5).all()))
-    phi = moved(x, score, mode, temperature=temperature).moments[0] / (1.0 - CONSTANTS[0])
+    phi = moved(x, score, mode, temperature=temperature).moments[0] / (1.0 - reference.ADAM_BETA1)
     assert ((phi.double() - truth.phi).abs() <= BOUNDS["svgd_direction"][F32] * truth.scale).all()
 
 
@@ -293,7 +294,7 @@ def test_direction(states, particles, action_dim, clumps, mode, temperature, see
 def test_steps_of_particles(states, particles, mode, optimizer):
     """Three steps, each from where the one before ended."""
     x, score = draw(states, particles, 5, 1)
-    flow = native.FlowSteps(x.clone(), 0.05, 0.3, *mode[:2], optimizer, mode[2], CONSTANTS)
+    flow = native.FlowSteps(x.clone(), 0.05, 0.3, *mode[:2], optimizer, mode[2])
     exact, moments = x.double(), [torch.zeros(x.shape, dtype=torch.float64) for _ in range(2)]
     for step in range(1, 4):
         before = flow.x.double()
@@ -346,9 +347,9 @@ def test_a_whole_flow(optimizer):
     states, particles = networks.states_and_actions(4, 8, OBSERVATION_DIM, 3)
     strided = particles.transpose(0, 1).contiguous().transpose(0, 1)
     arguments = (3, 0.02, 0.5, "min", False, True, optimizer, True)
-    found = reference.value_gradient_flow(module.stacked(), states, strided, *arguments)
+    found = torch_backend.value_gradient_flow(module.stacked(), states, strided, *arguments)
     with native.off():
-        plain = reference.value_gradient_flow(module.stacked(), states, particles, *arguments)
+        plain = torch_backend.value_gradient_flow(module.stacked(), states, particles, *arguments)
     assert torch.equal(strided, particles)
     assert found.trajectory.shape == plain.trajectory.shape == (4, *particles.shape)
     assert (found.particles - plain.particles).abs().median() < 1e-6
@@ -357,11 +358,11 @@ def test_a_whole_flow(optimizer):
 
 def test_particles_it_leaves_to_pytorch():
     x, _ = draw(2, 8, 3, 0)
-    assert native.moves(x)
+    assert native.supports_particles(x)
     with native.off():
-        assert not native.moves(x)
+        assert not native.supports_particles(x)
     for other in (x.double(), x.bfloat16(), x[:, ::2], x[:0], torch.zeros(1, 129, 2)):
-        assert not native.moves(other)
+        assert not native.supports_particles(other)
 
 
 def test_arithmetic_alone_is_counted():
@@ -431,7 +432,7 @@ def test_on_a_cpu_of_narrower_vectors(fresh, monkeypatch, without):
     )
     x, score = draw(3, 10, 3, 0)
     truth = oracle.svgd_direction(x, score, 0.3)
-    phi = moved(x, score, (False, True, "rbf")).moments[0] / (1.0 - CONSTANTS[0])
+    phi = moved(x, score, (False, True, "rbf")).moments[0] / (1.0 - reference.ADAM_BETA1)
     assert ((phi.double() - truth.phi).abs() <= BOUNDS["svgd_direction"][F32] * truth.scale).all()
 
 
@@ -446,7 +447,7 @@ def test_a_damaged_library_is_made_again(fresh):
 def test_few_products_and_busy_cores_take_fewer_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(native, "_CORES", 4)
-    products = [n * native.PRODUCTS_A_THREAD for n in (0, 1, 3, 100)]
+    products = [n * native.PRODUCTS_PER_THREAD for n in (0, 1, 3, 100)]
     for running, expected in ((0, [1, 1, 3, 4]), (4, [1, 1, 3, 4]), (5, [1, 1, 2, 3]), (12, [1, 1, 1, 1])):
         monkeypatch.setattr(native, "_running", lambda running=running: running)
         assert [native.threads_for(count) for count in products] == expected

@@ -17,7 +17,7 @@ from profiling.ops import check, timing
 from profiling.ops.op import GRIDS, Prepared, obstacle
 from profiling.ops.registry import OPS
 from profiling.worker import Sizes
-from vgf_fast import native
+from vgf_fast.backends import native
 
 # Unused columns of a tile hold whatever was in memory, and the interpreter warns where a GPU is silent.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

@@ -14,7 +14,8 @@ from test_kernel_training import training_launches
 from test_profiling import REPOSITORY, load_profiling
 from vgf_fast.kernels import ranges
 
-from vgf_fast import Learner, TrainConfig, TransportBudget, VGFConfig, VGFPolicy, native
+from vgf_fast import Learner, TrainConfig, TransportBudget, VGFConfig, VGFPolicy
+from vgf_fast.backends import native
 from vgf_fast.data.dataset import Dataset
 
 load_profiling()

@@ -15,9 +15,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from vgf_fast import native
+from vgf_fast.common.arrays import has_memory
 from vgf_fast.config import Activation
-from vgf_fast.layers import MLPWeights
+from vgf_fast.reference import MLPWeights
 
 _are_left: contextvars.ContextVar[bool] = contextvars.ContextVar("are_left", default=False)
 
@@ -62,7 +62,7 @@ def check_range(name: str, tensor: Tensor, network: MLPWeights) -> None:
 
 
 def _are_looked_at(tensor: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and tensor.is_cpu and not _are_left.get() and native.has_memory(tensor)
+    return not torch.compiler.is_compiling() and tensor.is_cpu and not _are_left.get() and has_memory(tensor)
 
 
 def check_weights(name: str, mlp: MLPWeights) -> None:

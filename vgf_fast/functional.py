@@ -15,9 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vgf_fast import backends, reference
-from vgf_fast import flow_gradient as operators
-from vgf_fast.backends import Backend, resolve_backend, triton_installed, triton_interpreted
+from vgf_fast import reference
+from vgf_fast.backends import choice as backends
+from vgf_fast.backends import operators
+from vgf_fast.backends.choice import Backend, resolve_backend, triton_installed, triton_interpreted
 from vgf_fast.checks import check_network, check_range, check_result
 from vgf_fast.common import memory
 from vgf_fast.common.ambient import neutral

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vgf_fast import batches, functional, fused, graphs, loop, reference
+from vgf_fast import batches, functional, loop, reference
+from vgf_fast.backends import graphs
+from vgf_fast.backends import torch as torch_backend
+from vgf_fast.backends import triton as fused
+from vgf_fast.backends.graphs import GraphCache, addresses
 from vgf_fast.batches import BATCH_FIELDS
 from vgf_fast.checks import results_left
 from vgf_fast.common import checkpoints
@@ -22,7 +26,6 @@ from vgf_fast.common.files import folder_of
 from vgf_fast.common.generators import generator_state, restored_generator
 from vgf_fast.config import TrainConfig, VGFConfig, integer, integers
 from vgf_fast.functional import Backend
-from vgf_fast.graphs import GraphCache, addresses
 from vgf_fast.kernels import ranges
 from vgf_fast.loop import LOSSES, Duty, check_losses
 from vgf_fast.networks import VelocityField
@@ -39,7 +42,7 @@ BEST = "best"  # folder of a directory of checkpoints
 METRICS = ("critic_loss", "bc_loss", "q_mean", "target_mean", "bc_flow_var", "vgf_var")
 # Of a CUDA graph: the host's work between replays, and the first batch's particles, which no update hides, are then a
 # twentieth an update.
-UPDATES_A_REPLAY = 20
+UPDATES_PER_REPLAY = 20
 
 Drawn = tuple[dict[str, Tensor], dict[str, Tensor]]  # a batch and its noise
 
@@ -156,7 +159,7 @@ class Learner:
             *(states, drawn, policy.config.train_budget, critic.detach()), evaluate=False, field=field, per_state=False
         )
         with ranges.span("vgf/values"):
-            at_states = reference.critic_at_states(target_critic, states, drawn.shape[1], backward=False)
+            at_states = torch_backend.critic_at_states(target_critic, states, drawn.shape[1], backward=False)
             next_q = at_states.values(moved.particles)
         with ranges.span("vgf/td_target"):
             target = functional.td_target(
@@ -567,7 +570,7 @@ class Learner:
             metrics = self._update(*draw())
             self.step += 1
             return metrics
-        count = UPDATES_A_REPLAY if limit >= UPDATES_A_REPLAY else 1
+        count = UPDATES_PER_REPLAY if limit >= UPDATES_PER_REPLAY else 1
         return self._run(functools.partial(self._pipelined, draw, count), (), ("fit", dataset.fingerprint), count)
 
     def _run(

@@ -13,7 +13,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from vgf_fast import functional, fused, graphs, reference
+from vgf_fast import functional, reference
+from vgf_fast.backends import graphs
+from vgf_fast.backends import torch as torch_backend
+from vgf_fast.backends import triton as fused
+from vgf_fast.backends.graphs import GraphCache
 from vgf_fast.checks import check_finite
 from vgf_fast.common import checkpoints, memory
 from vgf_fast.common.ambient import neutral
@@ -25,7 +29,6 @@ from vgf_fast.common.generators import GeneratorState, generator_state, restored
 from vgf_fast.common.spaces import policy_fields
 from vgf_fast.config import MAX_SEED, Selection, TransportBudget, VGFConfig, choice, config_from_reference, integer
 from vgf_fast.functional import Backend
-from vgf_fast.graphs import GraphCache
 from vgf_fast.kernels import ranges
 from vgf_fast.networks import VelocityField, networks_of
 from vgf_fast.reference import FlowResult, MLPWeights
@@ -318,7 +321,7 @@ class VGFPolicy(nn.Module):
         if self.score_field is not None:
             with torch.no_grad():
                 at_states = reference.FieldAtStates(field or self.score_field.stacked(), observations)
-                moved = reference.amortized_flow(
+                moved = torch_backend.amortized_flow(
                     at_states, particles, budget.steps, budget.step_size, per_state, return_trajectory
                 )
             if not evaluate:

@@ -13,7 +13,7 @@ import torch
 from profiling import machine
 from profiling.ops.op import Inputs, Op, Outputs, Prepared
 from profiling.worker import Sizes
-from vgf_fast import native
+from vgf_fast.backends import native
 
 DRAWS = 5  # of inputs, before an implementation is called wrong
 

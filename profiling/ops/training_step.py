@@ -16,7 +16,8 @@ from profiling.ops import work
 from profiling.ops.op import Compiler, Inputs, Op, Outputs, Prepared
 from profiling.torch_methods import configurations
 from profiling.worker import Sizes
-from vgf_fast import TrainConfig, fused, reference
+from vgf_fast import TrainConfig, reference
+from vgf_fast.backends import triton as triton_backend
 from vgf_fast.functional import Backend
 
 
@@ -98,11 +99,11 @@ def _library(inputs: Inputs, backend: Backend, network: str) -> Prepared:
 
     _, train = configurations(inputs.sizes)
     policy, data = inputs.policy, inputs.data
-    stack = fused.stack(getattr(policy, network))
+    stack = triton_backend.stack(getattr(policy, network))
     parameters = list(stack.parameters)
     targets: list[Tensor] = []
     if network == "critic":
-        targets = list(fused.stack(policy.target_critic).parameters)
+        targets = list(triton_backend.stack(policy.target_critic).parameters)
         batch = Batch(data["observations"], data["actions"], target=data["target"].unsqueeze(1))
     else:
         batch = Batch(data["observations"], data["actions"], data["time"], data["noise"])

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vgf_fast import functional, native
+from vgf_fast import functional
+from vgf_fast.backends import native
 from vgf_fast.cli.options import Align, Demo, Evaluate, Finetune, Generate, Info, Presets, Reproduce, Train
 from vgf_fast.common import locks, openmp
 from vgf_fast.common.devices import choose_device

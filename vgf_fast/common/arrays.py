@@ -64,3 +64,11 @@ def check_generator(generator: Any, device: torch.device) -> None:
         raise TypeError(f"generator is {generator!r}, expected a torch.Generator, such as one with manual_seed(0)")
     if generator.device.type != device.type:
         raise ValueError(f"generator is on {generator.device}, expected torch.Generator(device={str(device)!r})")
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has numbers: False for what transforms and traces of PyTorch put in a tensor's place."""
+    try:
+        return tensor.data_ptr() != 0
+    except RuntimeError:
+        return False

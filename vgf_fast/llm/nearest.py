@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vgf_fast.backends import Backend, resolve_backend
+from vgf_fast.backends.choice import Backend, resolve_backend
 from vgf_fast.config import integer
 
 METRICS = ("l2", "cosine", "dot")

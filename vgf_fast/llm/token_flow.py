@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vgf_fast import reference
-from vgf_fast.backends import Backend, resolve_backend
+from vgf_fast.backends.choice import Backend, resolve_backend
 
 _BLOCK = 2**19  # entries of particles that the torch backend works on at a time
 

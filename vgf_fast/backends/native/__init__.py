@@ -26,14 +26,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights
+from vgf_fast import reference
+from vgf_fast.common.arrays import has_memory
+from vgf_fast.reference import LAYER_NORM_EPS, MLPWeights
 
 MANY_ROWS = 256  # from which on weights are packed and rows taken in chunks
 CHUNK_ROWS = 60
 WIDTHS = 16  # hidden widths are multiples of it
 MAX_LAYERS = 32
 MAX_PARTICLES = 128  # of a state, as many as the kernels take
-PRODUCTS_A_THREAD = 50_000  # multiplications of a layer for every thread that takes part
+PRODUCTS_PER_THREAD = 50_000  # multiplications of a layer for every thread that takes part
 _CORES = os.cpu_count() or 1  # of the whole machine, which is what counts its threads
 _SOURCE = Path(__file__).with_name("flow.c")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp")
@@ -47,7 +49,13 @@ logger = logging.getLogger("vgf_fast")
 # --- the library -----------------------------------------------------------------------------------------------------
 
 
-_CONSTANTS = ("beta1", "beta2", "adam_eps", "bandwidth_min", "gamma_eps")
+_CONSTANTS = {
+    "beta1": reference.ADAM_BETA1,
+    "beta2": reference.ADAM_BETA2,
+    "adam_eps": reference.ADAM_EPS,
+    "bandwidth_min": reference.BANDWIDTH_MIN,
+    "gamma_eps": reference.GAMMA_EPS,
+}
 _POINTERS = ("weight", "packed", "transposed", "bias", "scale", "shift")
 
 
@@ -234,14 +242,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
-def has_memory(tensor: Tensor) -> bool:
-    """False for what transforms and traces of PyTorch put in a tensor's place."""
-    try:
-        return tensor.data_ptr() != 0
-    except RuntimeError:
-        return False
-
-
 def _address(name: str, tensor: Tensor, dtype: torch.dtype, length: int) -> int:
     """Where a tensor lies, for C: the one gate that every buffer passes.
 
@@ -261,7 +261,7 @@ def _address(name: str, tensor: Tensor, dtype: torch.dtype, length: int) -> int:
     return tensor.data_ptr()
 
 
-def pays(mlp: MLPWeights, rows: int, observations: Tensor) -> bool:
+def supports(mlp: MLPWeights, rows: int, observations: Tensor) -> bool:
     """Whether to take this form for ``rows`` rows: a network it can read, and a library.
 
     Many rows in bfloat16 are PyTorch's where this is not compiled with the CPU's own products of that type.
@@ -298,7 +298,7 @@ def threads_for(products: int) -> int:
 
     On a busy machine a layer would last until all of them have had their turn. Results are the same for any number.
     """
-    wanted = min(torch.get_num_threads(), products // PRODUCTS_A_THREAD)
+    wanted = min(torch.get_num_threads(), products // PRODUCTS_PER_THREAD)
     return max(1, wanted - max(0, _running() - _CORES)) if wanted > 1 else 1
 
 
@@ -435,10 +435,7 @@ def behavior_flow(velocity: MLPWeights, observations: Tensor, noise: Tensor, ste
 
 
 class FlowSteps:
-    """Steps of particles x [B, N, A], which are written: ``reference.svgd_step_``, from the first step on.
-
-    ``constants`` are Adam's beta1, beta2 and epsilon, the smallest bandwidth, and what is added to it in gamma.
-    """
+    """Steps of particles x [B, N, A], which are written: ``reference.svgd_step_``, from the first step on."""
 
     def __init__(
         self,
@@ -449,7 +446,6 @@ class FlowSteps:
         repulsion: bool,
         optimizer: str,
         kernel: str,
-        constants: tuple[float, float, float, float, float],
     ) -> None:
         found = library()
         assert found is not None
@@ -459,7 +455,7 @@ class FlowSteps:
         adam = optimizer == "adam"
         self.flow = _Flow(
             *(particles, entries, 0, bandwidth_gradient, repulsion, adam, _KERNELS[kernel]),
-            *(step_size, temperature, *constants),
+            *(step_size, temperature, *_CONSTANTS.values()),
         )
         self.moments = torch.zeros(2 if adam else 0, *x.shape, dtype=torch.float32, device="cpu")
         self.threads = threads_for(x.numel() * particles)
@@ -478,7 +474,7 @@ class FlowSteps:
         self.library.vgf_flow_step(self.flow, self._x, given, *self._moments, *self._common)
 
 
-def moves(x: Tensor) -> bool:
+def supports_particles(x: Tensor) -> bool:
     """Whether ``FlowSteps`` takes particles [B, N, A]."""
     return (
         x.dtype == torch.float32

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vgf_fast import backends, reference
+from vgf_fast import reference
+from vgf_fast.backends import choice
 from vgf_fast.common.ambient import neutral
-from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights, activation
-from vgf_fast.reference import ADAM_BETA1, ADAM_BETA2, ADAM_EPS
+from vgf_fast.reference import ADAM_BETA1, ADAM_BETA2, ADAM_EPS, LAYER_NORM_EPS, MLPWeights, activation
 
 MODES = ("none", "identity", "exact")
 _CHUNK_ENTRIES = 2**20  # of one layer's activations, or of the differences of all pairs of particles
@@ -228,9 +228,9 @@ def critic_op(
     q_aggregation: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """``backends.critic_value_and_score`` with its exact gradient."""
+    """``choice.critic_value_and_score`` with its exact gradient."""
     mlp = _network(parameters, activation)
-    return backends.critic_value_and_score(mlp, observations, actions.contiguous(), q_aggregation, backend)
+    return choice.critic_value_and_score(mlp, observations, actions.contiguous(), q_aggregation, backend)
 
 
 @critic_op.register_fake
@@ -294,9 +294,9 @@ def behavior_op(
     backend: str,
     flow_gradient: str,
 ) -> Tensor:
-    """``backends.behavior_flow`` with its exact gradient or the identity's; "none" is for tensors that want none."""
+    """``choice.behavior_flow`` with its exact gradient or the identity's; "none" is for tensors that want none."""
     mlp = _network(parameters, activation)
-    return backends.behavior_flow(mlp, observations, noise.contiguous(), steps, backend)
+    return choice.behavior_flow(mlp, observations, noise.contiguous(), steps, backend)
 
 
 @behavior_op.register_fake
@@ -365,11 +365,11 @@ def flow_op(
     backend: str,
     flow_gradient: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``backends.value_gradient_flow`` with its exact gradient, which needs the trajectory, or the identity's.
+    """``choice.value_gradient_flow`` with its exact gradient, which needs the trajectory, or the identity's.
 
     "none" is for tensors that want no gradient. Tensors without entries stand for a missing q or trajectory.
     """
-    result = backends.value_gradient_flow(
+    result = choice.value_gradient_flow(
         _network(parameters, activation),
         observations,
         particles.contiguous(),

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from vgf_fast import functional, reference
+from vgf_fast import reference
+from vgf_fast.backends import torch as torch_backend
+from vgf_fast.backends.choice import resolve_backend
 from vgf_fast.config import TransportBudget
 from vgf_fast.kernels import ranges
 from vgf_fast.networks import EnsembleMLP, GaussianBehavior, ScoreField, VelocityField
@@ -33,7 +35,7 @@ def runs(policy: VGFPolicy, dtype: torch.dtype) -> bool:
     """
     config = policy.config
     width = max(*config.hidden_dims, *config.behavior_hidden_dims)
-    backend = functional.resolve_backend(
+    backend = resolve_backend(
         policy.backend, policy.device, config.particles, config.action_dim, policy.particle_dtype, width
     )
     return backend == "triton" and (policy.device.type == "cuda" or dtype == torch.float32)
@@ -113,7 +115,7 @@ def flow(
     if policy.score_field is not None:
         field = functools.partial(_field, policy.score_field, observations, packed.critic.dtype)
         per_state = not isinstance(epilogue, TDTarget)
-        particles = reference.amortized_flow(field, particles, steps, budget.step_size, per_state).particles
+        particles = torch_backend.amortized_flow(field, particles, steps, budget.step_size, per_state).particles
         steps = 0
     return value_gradient_flow(
         packed.critic,

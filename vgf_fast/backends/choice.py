@@ -1,7 +1,7 @@
 """The choice between PyTorch and the Triton kernels, and the networks' operations on either. Input is checked already.
 
 Weights are packed for the kernels at every call, so that no stale copy of them can be used. Nothing here waits for a
-GPU or builds an autograd graph: ``vgf_fast.flow_gradient`` has the gradients.
+GPU or builds an autograd graph: ``operators`` has the gradients.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from vgf_fast import reference
+from vgf_fast.backends import torch as torch_backend
 from vgf_fast.checks import check_weights
 from vgf_fast.common.ambient import neutral
-from vgf_fast.layers import MLPWeights
-from vgf_fast.reference import FlowResult
+from vgf_fast.reference import FlowResult, MLPWeights
 
 if TYPE_CHECKING:
     from vgf_fast.kernels.packing import PackedMLP
@@ -146,7 +145,7 @@ def critic_value_and_score(
 ) -> tuple[Tensor, Tensor]:
     """q [E, B, N] and score [B, N, A]: observations [B, O], actions [B, N, A] in float32 at least."""
     if not _runs_kernels(backend, critic, actions):
-        at_states = reference.critic_at_states(critic, observations, actions.shape[1])
+        at_states = torch_backend.critic_at_states(critic, observations, actions.shape[1])
         return at_states.values_and_score(actions, q_aggregation)
     from vgf_fast.kernels import sequence
 
@@ -159,7 +158,7 @@ def critic_value_and_score(
 def behavior_flow(velocity: MLPWeights, observations: Tensor, noise: Tensor, steps: int, backend: str) -> Tensor:
     """Particles [B, N, A]: observations [B, O], noise [B, N, A] in float32 at least."""
     if not _runs_kernels(backend, velocity, noise):
-        return reference.behavior_flow(velocity, observations, noise, steps)
+        return torch_backend.behavior_flow(velocity, observations, noise, steps)
     from vgf_fast.kernels import sequence
 
     packed = _pack("velocity", velocity, observations.shape[1], noise.shape[2])
@@ -188,7 +187,7 @@ def value_gradient_flow(
     budget = (steps, step_size, temperature)
     options = (*budget, q_aggregation, bandwidth_gradient, repulsion, optimizer, return_trajectory, evaluate)
     if not _runs_kernels(backend, critic, particles):
-        return reference.value_gradient_flow(critic, observations, particles, *options, kernel=kernel)
+        return torch_backend.value_gradient_flow(critic, observations, particles, *options, kernel=kernel)
     from vgf_fast.kernels import sequence
 
     packed = _pack("critic", critic, observations.shape[1], particles.shape[2])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vgf_fast.layers import LAYER_NORM_EPS, MLPWeights, activate_, activation_backward
+from vgf_fast.reference import LAYER_NORM_EPS, MLPWeights, activate_, activation_backward
 
 CHUNK_ENTRIES = 640 * 512  # of one layer's activations: rows whose activations stay in the caches
 MIN_BLOCKED = 256 * 256  # entries of a weight from which on another layout is faster
@@ -20,7 +20,7 @@ MIN_ROWS = 256  # from which on laying out the weights for one use pays
 
 
 @functools.cache
-def _supports(dtype: torch.dtype) -> bool:
+def _multiplies(dtype: torch.dtype) -> bool:
     """Whether this machine's oneDNN multiplies ``dtype`` by weights laid out in advance."""
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
@@ -34,10 +34,10 @@ def _supports(dtype: torch.dtype) -> bool:
     return bool((out == 16.0).all())
 
 
-def pays(mlp: MLPWeights, rows: int) -> bool:
+def supports(mlp: MLPWeights, rows: int) -> bool:
     """Whether to lay out the weights for ``rows`` rows: where that is possible, and they are many."""
     first = mlp.weights[0]
-    return rows >= MIN_ROWS and first.device.type == "cpu" and _supports(first.dtype)
+    return rows >= MIN_ROWS and first.device.type == "cpu" and _multiplies(first.dtype)
 
 
 def chunk_rows(mlp: MLPWeights | BlockedMLP) -> int:

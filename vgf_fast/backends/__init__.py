@@ -1,0 +1,1 @@
+"""What computes the flows: PyTorch and C (``torch``), or the Triton kernels (``triton``)."""
