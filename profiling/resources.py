@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+
+from profiling import machine
 
 RESULTS = Path(__file__).parent / "results" / "resources.json"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -180,7 +183,7 @@ def _packed(module: Any, dtype: torch.dtype) -> Any:
     from vgf_fast.kernels import packing
 
     groups = [[tensor.detach() for tensor in group] for group in module.stacked()[:4]]
-    return packing.pack(*groups, module.activation, OBSERVATION_DIM, ACTION_DIM, dtype)
+    return packing.pack(*groups, module.activation, module.observation_dim, module.action_dim, dtype)
 
 
 def flow(dtype: torch.dtype, particles: int = PARTICLES, bandwidth_gradient: bool = False) -> None:
@@ -355,8 +358,26 @@ def resources(compiled: Any, target: str) -> dict[str, int]:
     }
 
 
+_WORK: list[tuple[str, str, bool, Launch]] = []  # of the processes that compile
+
+
+def _row(number: int) -> dict[str, Any]:
+    target, scenario, is_paper_size, launch = _WORK[number]
+    return {
+        "target": target,
+        "scenario": scenario,
+        "kernel": launch.kernel.__name__,
+        "flags": " ".join(launch.flags()),
+        "num_warps": launch.options.get("num_warps", 4),
+        "paper_size": is_paper_size,
+        "has_product": "PRECISION" in launch.numbers(),
+        **resources(compile_launch(launch, target), target),
+    }
+
+
 def rows(targets: tuple[str, ...] = TARGETS, scenarios: tuple[str, ...] = tuple(SCENARIOS)) -> Iterator[dict[str, Any]]:
-    """One row a distinct kernel of a scenario and an architecture, in a fixed order."""
+    """One row a distinct kernel of a scenario and an architecture, in a fixed order; compiled on all cores."""
+    _WORK.clear()
     for target in targets:
         seen: set[str] = set()
         for name, (make, is_paper_size) in SCENARIOS.items():
@@ -365,19 +386,12 @@ def rows(targets: tuple[str, ...] = TARGETS, scenarios: tuple[str, ...] = tuple(
             with recorded(target) as launches:
                 make()
             for launch in launches:
-                if launch.key in seen:
-                    continue
-                seen.add(launch.key)
-                yield {
-                    "target": target,
-                    "scenario": name,
-                    "kernel": launch.kernel.__name__,
-                    "flags": " ".join(launch.flags()),
-                    "num_warps": launch.options.get("num_warps", 4),
-                    "paper_size": is_paper_size,
-                    "has_product": "PRECISION" in launch.numbers(),
-                    **resources(compile_launch(launch, target), target),
-                }
+                if launch.key not in seen:
+                    seen.add(launch.key)
+                    _WORK.append((target, name, is_paper_size, launch))
+    # Forked: a launch holds functions that cannot be sent.
+    with multiprocessing.get_context("fork").Pool(machine.usable_cores()) as pool:
+        yield from pool.imap(_row, range(len(_WORK)))
 
 
 def main(argv: list[str] | None = None) -> int:
