@@ -34,11 +34,11 @@ class Net(NamedTuple):
 class Particles(NamedTuple):
     """Particles of B states and the state of their optimiser, contiguous float32."""
 
-    old: Any  # [B, N, A]
-    new: Any  # [B, N, A], written; may be ``old``. Where only the score is asked for, that
+    old: Any  # [B, N, A], of any dtype
+    new: Any  # [B, N, A], written; may be ``old``. Where only the score or the direction is asked for, that
     first_moment: Any  # [B, N, A], written; read from the second step on
     second_moment: Any  # [B, N, A], likewise
-    scratch: Any  # [B, BLOCK_N * BLOCK_N] int32, of the median
+    scratch: Any  # [B, BLOCK_N * BLOCK_N] int32, of the median; None of many particles
 
 
 class Choice(NamedTuple):
@@ -70,6 +70,8 @@ class Step(NamedTuple):
     inverse_temperature: Any = 1.0
     step_size: Any = 0.0  # divided by the first moment's bias correction
     v_correction: Any = 1.0  # the second moment's
+    low: Any = -1.0  # bounds of the particles
+    high: Any = 1.0
     discount: Any = 0.0
     inverse_choice_temperature: Any = 1.0
     stride_rewards: Any = 0
@@ -89,7 +91,7 @@ class Options(NamedTuple):
 class Flow(NamedTuple):
     """Constants of a flow step: what the kernel does, and how."""
 
-    PART: str  # "move", "score", "select" or "td"
+    PART: str  # "move", "direction", "score", "select" or "td"
     MINIMUM: bool = False  # members are aggregated by their minimum
     BANDWIDTH_GRADIENT: bool = False
     REPULSION: bool = True

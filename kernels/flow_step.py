@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,7 +22,16 @@ from triton.runtime.jit import JITFunction
 
 from . import launch
 from .arguments import Choice, Flow, Particles, Shape, Step, tensor_of
-from .formulas import ParticleKernel, bandwidth_term, direction, particle_weights, squared_distances
+from .formulas import (
+    COUNTED,
+    ParticleKernel,
+    bandwidth_term,
+    direction,
+    particle_kernel,
+    particle_optimizer,
+    particle_weights,
+    squared_distances,
+)
 from .product import release, wait
 from .selection import aggregate_members, choose, reduce_particles
 
@@ -30,16 +40,16 @@ from .selection import aggregate_members, choose, reduce_particles
 
 @triton.jit
 def gradient_rows(
-    grad_ptr: tl.tensor,  # [E, B * N, RP] float32, every member's action gradient
-    q_ptr: tl.tensor,  # [E, B * N] float32, read if MINIMUM
-    row: tl.tensor,  # [BLOCK_N] int64, each particle's among all of a member
+    q_ptr: tl.tensor,  # float32, to the state's values by the first member; read if MINIMUM
+    row: tl.tensor,  # [BLOCK_N] int32, each particle's
     shape: Shape,
     RP: tl.constexpr,
     MINIMUM: tl.constexpr,
 ) -> tl.tensor:
-    """Pointers [BLOCK_N] to each particle's gradient by the first member, or if MINIMUM by that of smallest value."""
+    """Offsets [BLOCK_N] of each particle's gradient by the first member, or if MINIMUM by that of smallest value."""
     best = row * RP
     if MINIMUM:
+        best = best.to(tl.int64)
         rows = tl.full([], shape.rows, tl.int64)
         smallest = tl.load(q_ptr + row)
         for e in range(1, shape.members):
@@ -48,20 +58,21 @@ def gradient_rows(
             # The first of equals.
             best = tl.where(q < smallest, place * RP, best)
             smallest = tl.minimum(smallest, q)
-    return grad_ptr + best
+    return best
 
 
 @triton.jit
 def score_of(
-    grad_ptrs: tl.tensor,  # of ``gradient_rows``
+    grad_ptr: tl.tensor,  # to the state's gradients by the first member
+    grad_offs: tl.tensor,  # [BLOCK_N] of ``gradient_rows``
     offs_c: tl.tensor,  # [BLOCK_C] columns
     shape: Shape,
     RP: tl.constexpr,
     MINIMUM: tl.constexpr,
 ) -> tl.tensor:
     """Some columns of the score [BLOCK_N, BLOCK_C]."""
-    ptrs = grad_ptrs[:, None] + offs_c[None, :]
-    score = tl.load(ptrs)
+    ptrs = grad_ptr + (grad_offs[:, None] + offs_c[None, :])
+    score = tl.load(ptrs).to(tl.float32)
     if not MINIMUM:
         stride = tl.full([], shape.rows, tl.int64) * RP
         for _ in range(1, shape.members):
@@ -74,15 +85,10 @@ def score_of(
 @triton.jit
 def move(
     particles: Particles,
-    grad_ptrs: tl.tensor,  # [BLOCK_N] of ``gradient_rows``
+    grad_ptr: tl.tensor,  # to the state's gradients by the first member
+    grad_offs: tl.tensor,  # [BLOCK_N] of ``gradient_rows``
     state: tl.tensor,
-    weights: tl.tensor,  # of the particle kernel, with what follows as ``particle_weights`` returns it
-    gamma: tl.tensor,
-    factor: tl.tensor,
-    row_a: tl.tensor,
-    column_a: tl.tensor,
-    row_b: tl.tensor,
-    column_b: tl.tensor,
+    weights: tl.tuple,  # of the particle kernel, and what else ``particle_weights`` returns
     shape: Shape,
     step: Step,
     kernel: ParticleKernel,
@@ -91,7 +97,8 @@ def move(
     FLOW: tl.constexpr,
     PAIRS: tl.constexpr,
 ) -> None:
-    """Direction, optimiser and clip of the state's particles."""
+    """Direction of the state's particles; unless it is what is asked for, optimiser and clip."""
+    kernel_tile, gamma, factor, row_a, column_a, row_b, column_b = weights
     BLOCK_N: tl.constexpr = PAIRS.block_n
     BLOCK_C: tl.constexpr = PAIRS.block_c
     N = shape.particles
@@ -107,29 +114,32 @@ def move(
         safe_c = tl.minimum(offs_c, A - 1)
         safe = offs_x[:, None] + safe_c[None, :]
         is_real = in_n[:, None] & (offs_c < A)[None, :]
-        x = tl.load(old_ptr + safe)  # [BLOCK_N, BLOCK_C]
-        score = score_of(grad_ptrs, safe_c, shape, RP, FLOW.MINIMUM)
-        phi = direction(weights, gamma, x, score, step.inverse_temperature, kernel, FLOW.REPULSION, PAIRS.paired)
+        x = tl.load(old_ptr + safe).to(tl.float32)  # [BLOCK_N, BLOCK_C]
+        score = score_of(grad_ptr, grad_offs, safe_c, shape, RP, FLOW.MINIMUM)
+        phi = direction(kernel_tile, gamma, x, score, step.inverse_temperature, kernel, FLOW.REPULSION, PAIRS.paired)
         if FLOW.BANDWIDTH_GRADIENT:
             phi += bandwidth_term(x, old_ptr + column_a * A, safe_c, row_a, factor, BLOCK_N)
             phi += bandwidth_term(x, old_ptr + column_b * A, safe_c, row_b, factor, BLOCK_N)
         phi = phi / tensor_of(N).to(tl.float32)
-        offs = place + offs_n[:, None] * A + offs_c[None, :]
-        m = phi
-        v = phi
-        if FLOW.MOMENTS:
-            # Zero before the first step, and not read there.
-            has_moments = (offs_n < tl.where(step.number > 1.0, N, 0))[:, None] & (offs_c < A)[None, :]
-            m = tl.load(particles.first_moment + offs, mask=has_moments, other=0.0)
-            v = tl.load(particles.second_moment + offs, mask=has_moments, other=0.0)
-        m, v, change = OPTIMIZER(phi, m, v, step.v_correction)
-        if FLOW.MOMENTS:
-            tl.store(particles.first_moment + offs, m, mask=is_real)
-            tl.store(particles.second_moment + offs, v, mask=is_real)
-        x = tl.clamp(x + step.step_size * change, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
-        # Every thread has read these columns of every particle before any is overwritten.
-        tl.debug_barrier()
-        tl.store(particles.new + offs, x, mask=is_real)
+        offs = offs_n[:, None] * A + offs_c[None, :]
+        if FLOW.PART == "direction":
+            tl.store(particles.new + place + offs, phi, mask=is_real)
+        else:
+            m = phi
+            v = phi
+            if FLOW.MOMENTS:
+                # Zero before the first step, and not read there.
+                has_moments = (offs_n < tl.where(step.number > 1.0, N, 0))[:, None] & (offs_c < A)[None, :]
+                m = tl.load(particles.first_moment + place + offs, mask=has_moments, other=0.0)
+                v = tl.load(particles.second_moment + place + offs, mask=has_moments, other=0.0)
+            m, v, change = OPTIMIZER(phi, m, v, step.v_correction)
+            if FLOW.MOMENTS:
+                tl.store(particles.first_moment + place + offs, m, mask=is_real)
+                tl.store(particles.second_moment + place + offs, v, mask=is_real)
+            x = tl.clamp(x + step.step_size * change, step.low, step.high, propagate_nan=tl.PropagateNan.ALL)
+            # Every thread has read these columns of every particle before any is overwritten.
+            tl.debug_barrier()
+            tl.store(particles.new + place + offs, x, mask=is_real)
 
 
 @triton.jit
@@ -173,7 +183,7 @@ def end(
 
 @triton.jit
 def flow_step_kernel(
-    grad_ptr: tl.tensor,  # [E, B * N, RP] float32, every member's action gradient; PART "move" and "score"
+    grad_ptr: tl.tensor,  # [E, B * N, RP], every member's action gradient; but for PART "select" and "td"
     q_ptr: tl.tensor,  # [E, B * N] float32, every member's values
     particles: Particles,
     choice: Choice,
@@ -200,44 +210,27 @@ def flow_step_kernel(
         offs_n = tl.arange(0, BLOCK_N)
         # Padding reads the last particle again: it is not stored, and its kernel entries are zero.
         safe_n = tl.minimum(offs_n, N - 1)
-        if FLOW.PART == "move":
+        if FLOW.PART != "score":
             # Particles are older than the kernel before this one: distances and their median need not wait for it.
             distances = squared_distances(
                 particles.old + state * N * A, safe_n * A, 1, N, A, BLOCK_N, PAIRS.unroll, PAIRS.paired
             )
-            scratch_ptr = particles.scratch + state * (BLOCK_N * BLOCK_N)
-            weights, gamma, factor, row_a, column_a, row_b, column_b = particle_weights(
-                distances, scratch_ptr, N, step.log_n1, kernel, BLOCK_N, FLOW.BANDWIDTH_GRADIENT
-            )
+            scratch_ptr = particles.scratch
+            if scratch_ptr is not None:
+                scratch_ptr += state * (BLOCK_N * BLOCK_N)
+            weights = particle_weights(distances, scratch_ptr, N, step.log_n1, kernel, BLOCK_N, FLOW.BANDWIDTH_GRADIENT)
         wait(PDL)
         release(PDL)
-        grad_ptrs = gradient_rows(grad_ptr, q_ptr, state * N + safe_n, shape, RP, FLOW.MINIMUM)
+        grad_ptr += state * N * RP
+        grad_offs = gradient_rows(q_ptr + state * N, safe_n, shape, RP, FLOW.MINIMUM)
         if FLOW.PART == "score":
             for first in range(0, A, BLOCK_C):
                 offs_c = first + tl.arange(0, BLOCK_C)
-                score = score_of(grad_ptrs, tl.minimum(offs_c, A - 1), shape, RP, FLOW.MINIMUM)
+                score = score_of(grad_ptr, grad_offs, tl.minimum(offs_c, A - 1), shape, RP, FLOW.MINIMUM)
                 score_ptrs = particles.new + state * N * A + (offs_n[:, None] * A + offs_c[None, :])
                 tl.store(score_ptrs, score, mask=(offs_n < N)[:, None] & (offs_c < A)[None, :])
         else:
-            move(
-                particles,
-                grad_ptrs,
-                state,
-                weights,
-                gamma,
-                factor,
-                row_a,
-                column_a,
-                row_b,
-                column_b,
-                shape,
-                step,
-                kernel,
-                OPTIMIZER,
-                RP,
-                FLOW,
-                PAIRS,
-            )
+            move(particles, grad_ptr, grad_offs, state, weights, shape, step, kernel, OPTIMIZER, RP, FLOW, PAIRS)
 
 
 # --- launcher --------------------------------------------------------------------------------------------------------
@@ -248,6 +241,17 @@ class FlowFunctions(NamedTuple):
 
     kernel: ParticleKernel
     optimizer: JITFunction
+
+
+def flow_functions(kernel: str, optimizer: str) -> FlowFunctions:
+    """The functions of these names. Raises ``ValueError`` naming the known ones for another."""
+    return FlowFunctions(particle_kernel(kernel), particle_optimizer(optimizer).step)
+
+
+def median_scratch(batch: int, particles: int, device: torch.device) -> Tensor | None:
+    """``Particles.scratch``, where the median is found by counting."""
+    block_n = launch.svgd(particles, launch.amd()).block_n
+    return torch.empty((batch, block_n**2), dtype=torch.int32, device=device) if block_n <= COUNTED else None
 
 
 def flow_step(

@@ -31,6 +31,9 @@ from triton.runtime.jit import JITFunction
 from . import launch
 from .constants import ADAM_EPS, BANDWIDTH_MIN, BETA1, BETA2, GAMMA_EPS, INFINITY_BITS, INT32_MAX, LAYER_NORM_EPS
 
+COUNTED = 16  # particles padded, up to which the median is found by counting, in memory of the program's own
+COUNTED_PARTICLES = tl.constexpr(COUNTED)
+
 # --- LayerNorm -------------------------------------------------------------------------------------------------------
 
 
@@ -125,12 +128,12 @@ def order_statistic(keys: tl.tensor, rank: tl.tensor) -> tl.tensor:
 def middle_keys(keys: tl.tensor, scratch_ptr: tl.tensor, N: tl.tensor, BLOCK_N: tl.constexpr) -> tl.tensor:
     """The two middle entries of the N * N real ones of ``keys`` [BLOCK_N, BLOCK_N] in sorted order, exact in ties.
 
-    With ``scratch_ptr``, to BLOCK_N^2 int32 of this program's own, and at most 16 particles, by counting: an entry of
-    rank r is the largest that has at most r smaller ones. Else by bisection.
+    With ``scratch_ptr``, to BLOCK_N^2 int32 of this program's own, and at most ``COUNTED`` particles, by counting: an
+    entry of rank r is the largest that has at most r smaller ones. Else by bisection.
     """
     lower_rank = (N * N - 1) // 2
     upper_rank = N * N // 2
-    if scratch_ptr is not None and BLOCK_N <= 16:
+    if scratch_ptr is not None and BLOCK_N <= COUNTED_PARTICLES:
         SIZE: tl.constexpr = BLOCK_N * BLOCK_N
         CHUNK: tl.constexpr = min(SIZE, 32)
         offs_n = tl.arange(0, BLOCK_N)

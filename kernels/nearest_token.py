@@ -291,9 +291,7 @@ def _squared_norms(rows: Tensor) -> Tensor:
     return out
 
 
-@_squared_norms.register_fake
-def _(rows: Tensor) -> Tensor:
-    return rows.new_empty(rows.shape[:1], dtype=torch.float32)
+_squared_norms.register_fake(lambda rows: rows.new_empty(rows.shape[:1], dtype=torch.float32))
 
 
 @torch.library.custom_op("vgf_fast::nearest_token", mutates_args=())
@@ -380,16 +378,7 @@ def _nearest_token(
 
 
 @_nearest_token.register_fake
-def _(
-    queries: Tensor,
-    table: Tensor,
-    k: int,
-    metric: str,
-    mask: Tensor | None,
-    log_prior: Tensor | None,
-    table_squares: Tensor | None,
-    precision: str | None,
-) -> tuple[Tensor, Tensor]:
+def _(queries: Tensor, table: Tensor, k: int, *_: object) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
 

@@ -17,8 +17,8 @@ from . import launch, ranges
 from .arguments import Choice, Flow, Net, Options, Particles, Shape, Step
 from .behavior_flow import euler_step
 from .checks import check_critic, check_ending, check_rows, check_seed
-from .flow_step import FlowFunctions, flow_step
-from .formulas import particle_kernel, particle_optimizer
+from .flow_step import FlowFunctions, flow_functions, flow_step, median_scratch
+from .formulas import particle_optimizer
 from .packing import PackedMLP
 from .product import product
 from .rows import rows
@@ -245,10 +245,6 @@ def behavior_flow(
 # --- critic ----------------------------------------------------------------------------------------------------------
 
 
-def _functions(kernel: str, optimizer: str) -> FlowFunctions:
-    return FlowFunctions(particle_kernel(kernel), particle_optimizer(optimizer).step)
-
-
 def values_and_score(
     mlp: PackedMLP,
     observations: Tensor,
@@ -278,7 +274,7 @@ def values_and_score(
     flow_step(
         Flow("score", MINIMUM=q_aggregation == "min"),
         critic.shape(0),
-        _functions("rbf", "ascent"),
+        flow_functions("rbf", "ascent"),
         Step(),
         Particles(x, score, x, x, x),
         q=q,
@@ -348,7 +344,7 @@ def value_gradient_flow(
     if evaluator is not None:
         check_critic(evaluator, "evaluator", mlp)
     launch.check_choice("q_aggregation", q_aggregation, launch.AGGREGATIONS)
-    functions = _functions(kernel, optimizer)
+    functions = flow_functions(kernel, optimizer)
     launch.check_positive("temperature", temperature)
     steps = launch.check_integer("steps", steps, 0)
     batch, n, width = particles.shape
@@ -380,7 +376,7 @@ def value_gradient_flow(
         chosen_optimizer = particle_optimizer(optimizer)
         moments = torch.empty((2, *start.shape), dtype=torch.float32, device=device)
         moved = torch.empty(start.shape, dtype=torch.float32, device=device)
-        scratch = torch.empty((batch, launch.svgd(n).block_n ** 2), dtype=torch.int32, device=device)
+        scratch = median_scratch(batch, n, device)
         flow = Flow(
             PART="move",
             MINIMUM=q_aggregation == "min",

@@ -144,9 +144,7 @@ def _token_svgd_direction(particles: Tensor, score: Tensor, temperature: float, 
     return phi
 
 
-@_token_svgd_direction.register_fake
-def _(particles: Tensor, score: Tensor, temperature: float, repulsion: bool) -> Tensor:
-    return particles.new_empty(particles.shape, dtype=torch.float32)
+_token_svgd_direction.register_fake(lambda particles, *_: particles.new_empty(particles.shape, dtype=torch.float32))
 
 
 # --- public function -------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def test_every_kernel_fits(resources, target):
         "first_layer_kernel",
         "head_kernel",
         "weight_gradient_kernel",
-        "svgd_kernel",
+        "flow_step_kernel",
         "nearest_lists_kernel",
         "nearest_merge_kernel",
         "token_distances_kernel",
