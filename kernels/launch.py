@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -42,16 +41,6 @@ class SvgdLaunch(NamedTuple):
     paired: bool  # take two columns at a time through shared memory instead; block_c is 2
     num_warps: int
 
-    def options(self) -> dict[str, int]:
-        """Keyword arguments of the launch."""
-        return {
-            "BLOCK_N": self.block_n,
-            "BLOCK_C": self.block_c,
-            "UNROLL": self.unroll,
-            "PAIRED": self.paired,
-            "num_warps": self.num_warps,
-        }
-
 
 # block_n: (block_c, unroll, paired, num_warps). One warp reduces over all pairs with no barrier; more are taken where
 # the block_n * block_n * block_c products of a chunk would not fit a warp's registers.
@@ -77,17 +66,12 @@ def svgd(particles: int, amd: bool = False) -> SvgdLaunch:
     return SvgdLaunch(block_n, *table[block_n])
 
 
-@dataclass(frozen=True)
-class SelectionLaunch:
+class SelectionLaunch(NamedTuple):
     """Configuration of the kernels that reduce over the particles of a state: one program a block of states."""
 
     block_b: int  # states
     block_n: int  # particles, padded
     num_warps: int
-
-    def options(self) -> dict[str, int]:
-        """Keyword arguments of the launch."""
-        return {"BLOCK_B": self.block_b, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
 
 
 @functools.cache
@@ -210,13 +194,18 @@ def options(num_warps: int, num_stages: int, pdl: bool = False) -> dict[str, int
     return {**chosen, "launch_pdl": True} if pdl else chosen
 
 
+def arguments(config: NamedTuple) -> dict[str, int]:
+    """A configuration as keyword arguments of a launch: constants of kernels are in capitals, warps and stages not."""
+    fields = config._asdict().items()
+    return {name if name.startswith("num_") else name.upper(): value for name, value in fields}
+
+
 def share_tile(padded_width: int) -> tuple[int, int, int]:
     """States, columns and terms of a sum: small tiles, of which 256 states and two members of 512 columns take 128."""
     return 32, min(64, padded_width), 64
 
 
-@dataclass(frozen=True)
-class GradientLaunch:
+class GradientLaunch(NamedTuple):
     """Configuration of the kernel of weight gradients and optimiser: one program a tile of a gradient."""
 
     block_m: int
@@ -224,16 +213,6 @@ class GradientLaunch:
     block_k: int  # rows of the batch at a time
     num_warps: int
     num_stages: int
-
-    def options(self) -> dict[str, int]:
-        """Keyword arguments of the launch."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
 
 
 GRADIENT_TILE = 64  # columns that the kernel of weight gradients may read past an operand's last
@@ -254,17 +233,12 @@ def processors(device: torch.device) -> int:
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@dataclass(frozen=True)
-class NormsLaunch:
+class NormsLaunch(NamedTuple):
     """Configuration of the kernel of squared norms: one program a block of rows."""
 
     block_n: int  # rows
     block_d: int  # of the sums
     num_warps: int
-
-    def options(self) -> dict[str, int]:
-        """Keyword arguments of the launch."""
-        return {"BLOCK_N": self.block_n, "BLOCK_D": self.block_d, "num_warps": self.num_warps}
 
 
 @functools.cache
@@ -273,8 +247,7 @@ def squared_norms(width: int) -> NormsLaunch:
     return NormsLaunch(16, min(max(padded(width), 16), 256), 4)
 
 
-@dataclass(frozen=True)
-class NearestLaunch:
+class NearestLaunch(NamedTuple):
     """Configuration of the kernel of the nearest tokens: one program a block of rows and a part of the vocabulary."""
 
     block_m: int  # rows
@@ -284,17 +257,6 @@ class NearestLaunch:
     num_stages: int
     width: int  # tokens of a row's list
     tokens: int  # of a part of the vocabulary
-
-    def options(self) -> dict[str, int]:
-        """Keyword arguments of the launch."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "WIDTH": self.width,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
 
 
 MAX_LISTED = 4096  # tokens of a query's lists, which one program merges
@@ -327,18 +289,13 @@ def wide_tiles(device: torch.device) -> bool:
     return device.type != "cpu" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
-@dataclass(frozen=True)
-class MergeLaunch:
+class MergeLaunch(NamedTuple):
     """Configuration of the kernel that merges a row's lists of nearest tokens: one program a row."""
 
     width: int  # tokens scored anew
     block_l: int  # tokens of all lists, padded
     block_d: int  # of the sums
     num_warps: int
-
-    def options(self) -> dict[str, int]:
-        """Keyword arguments of the launch."""
-        return {"WIDTH": self.width, "BLOCK_L": self.block_l, "BLOCK_D": self.block_d, "num_warps": self.num_warps}
 
 
 @functools.cache
@@ -351,22 +308,11 @@ TOKEN_FLOW_CHUNK = 512  # dimensions whose squares are summed by themselves
 TOKEN_FLOW_DISTANCES = 2**22  # of all programs together, at most
 
 
-@dataclass(frozen=True)
-class TokenFlowLaunch:
+class TokenFlowLaunch(NamedTuple):
     """Configuration of the SVGD kernels of few particles in very many dimensions."""
 
     step: SvgdLaunch
     span: int  # dimensions of a program
-
-    def distance_options(self) -> dict[str, int]:
-        """Keyword arguments of the launch that sums distances."""
-        options = self.step.options()
-        return {name: options[name] for name in ("BLOCK_N", "UNROLL", "PAIRED", "num_warps")}
-
-    def direction_options(self) -> dict[str, int]:
-        """Keyword arguments of the launch that computes the direction."""
-        options = self.step.options()
-        return {name: options[name] for name in ("BLOCK_N", "BLOCK_C", "PAIRED", "num_warps")}
 
 
 @functools.cache

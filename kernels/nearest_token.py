@@ -286,7 +286,7 @@ def _squared_norms(rows: Tensor) -> Tensor:
     config = launch.squared_norms(width)
     with launch.on_device(rows):
         squared_norms_kernel[(triton.cdiv(count, config.block_n),)](
-            rows, out, *rows.stride(), N=count, D=width, **config.options()
+            rows, out, *rows.stride(), N=count, D=width, **launch.arguments(config)
         )
     return out
 
@@ -349,11 +349,10 @@ def _nearest_token(
             R=rows,
             V=vocabulary,
             D=width,
-            TOKENS=config.tokens,
             HALVED=metric == "l2",
             MIXED=mixed,
             PRECISION=precision or launch.precision(dtype),
-            **config.options(),
+            **launch.arguments(config),
         )
         if log_prior is not None:
             prior = log_prior.expand(rows, vocabulary)
@@ -372,7 +371,7 @@ def _nearest_token(
             LISTED=splits * config.width,
             K=k,
             METRIC=metric,
-            **merge.options(),
+            **launch.arguments(merge),
         )
     return scores, tokens
 

@@ -316,6 +316,35 @@ def parameter_shapes(layout: Layout) -> list[tuple[int, ...]]:
     ]
 
 
+def _launch(
+    table: Tensor,
+    extents: Extents,
+    buffers: Buffers,
+    rates: Rates,
+    batch: int,
+    polyak: bool,
+    precision: str | None,
+    config: launch.GradientLaunch,
+) -> None:
+    left, layout, adam = buffers.left, extents.layout, buffers.gradients is None
+    counts = Counts(len(table), extents.padded_rows, extents.blocks, layout.members, batch, layout.output_dim)
+    pdl = launch.programmatic(left.device)
+    with launch.on_device(left):
+        # With Adam one program more, of the losses.
+        weight_gradient_kernel[(len(table) + adam,)](
+            table,
+            buffers,
+            counts,
+            rates,
+            ADAM=adam,
+            POLYAK=polyak,
+            PRECISION=precision or launch.precision(left.dtype),
+            PDL=pdl,
+            **launch.arguments(config),
+            **({"launch_pdl": True} if pdl else {}),
+        )
+
+
 def weight_gradients(
     extents: Extents,
     left: Tensor,
@@ -334,20 +363,8 @@ def weight_gradients(
         left.device,
         lambda: _tiles(extents, config.block_m, config.block_n, [(start, 0, 0, 0, 0, 0) for start in starts]),
     )
-    pdl = launch.programmatic(left.device)
-    with launch.on_device(left):
-        weight_gradient_kernel[(table.shape[0],)](
-            table,
-            Buffers(left, right, sums, gradients, None, None),
-            Counts(table.shape[0], extents.padded_rows, extents.blocks, extents.layout.members, 1, 1),
-            Rates(0.0, 0.0),
-            ADAM=False,
-            POLYAK=False,
-            PRECISION=precision or launch.precision(left.dtype),
-            PDL=pdl,
-            **config.options(),
-            **({"launch_pdl": True} if pdl else {}),
-        )
+    buffers = Buffers(left, right, sums, gradients, None, None)
+    _launch(table, extents, buffers, Rates(0.0, 0.0), 1, False, precision, config)
     return gradients
 
 
@@ -447,25 +464,6 @@ def adam_step_(
         ),
     )
     metrics = torch.empty(3, dtype=torch.float32, device=left.device)
-    pdl = launch.programmatic(left.device)
-    with launch.on_device(left):
-        weight_gradient_kernel[(table.shape[0] + 1,)](
-            table,
-            Buffers(left, right, sums, None, losses, metrics),
-            Counts(
-                table.shape[0],
-                extents.padded_rows,
-                extents.blocks,
-                extents.layout.members,
-                batch,
-                extents.layout.output_dim,
-            ),
-            Rates(state.learning_rate, tau),
-            ADAM=True,
-            POLYAK=len(targets) > 0,
-            PRECISION=precision or launch.precision(left.dtype),
-            PDL=pdl,
-            **config.options(),
-            **({"launch_pdl": True} if pdl else {}),
-        )
+    buffers, rates = Buffers(left, right, sums, None, losses, metrics), Rates(state.learning_rate, tau)
+    _launch(table, extents, buffers, rates, batch, len(targets) > 0, precision, config)
     return metrics

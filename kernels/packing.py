@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -113,6 +113,15 @@ class Layout(NamedTuple):
     layer_norm: bool
 
     @property
+    def sizes(self) -> tuple[int, int, int, bool]:
+        """As ``PackedMLP`` has them after its tensors."""
+        return self.observation_dim, self.action_dim, self.output_dim, self.layer_norm
+
+    def packed(self, tensors: Iterable[Tensor], activation: str) -> PackedMLP:
+        """``PackedMLP.tensors`` with what else it holds."""
+        return PackedMLP(*tensors, *self.sizes, activation, self.widths)  # type: ignore[arg-type,call-arg]
+
+    @property
     def time(self) -> bool:
         """Whether the last row of the first layer is the time's."""
         return self.inputs > self.observation_dim + self.action_dim
@@ -174,23 +183,7 @@ def views(
     for layout, activation in zip(layouts, activations, strict=True):
         state, action, hidden, head = (cut(0, shape) for shape in layout.matrix_shapes)
         time, triples, head_bias = (cut(1, shape) for shape in layout.vector_shapes)
-        packed.append(
-            PackedMLP(
-                state,
-                action,
-                time,
-                hidden,
-                head,
-                triples,
-                head_bias,
-                layout.observation_dim,
-                layout.action_dim,
-                layout.output_dim,
-                layout.layer_norm,
-                activation,
-                layout.widths,
-            )
-        )
+        packed.append(layout.packed((state, action, time, hidden, head, triples, head_bias), activation))
     return tuple(packed)
 
 
@@ -269,28 +262,34 @@ def _check_out(
                 launch.check_shape(f"out's {name}", tensor, shape, "the padded sizes of the parameters")
                 launch.check_dtype(f"out's {name}", tensor, (kind,))
                 launch.check_same_device(f"out's {name}", tensor, "the parameters", stack.weights[0].device)
-        sizes = (target.observation_dim, target.action_dim, target.output_dim, target.layer_norm, target.activation)
-        expected = (layout.observation_dim, layout.action_dim, layout.output_dim, layout.layer_norm, stack.activation)
+        sizes, expected = target[7:12], (*layout.sizes, stack.activation)
         if sizes != expected or target.hidden_dims != layout.widths:
             raise ValueError(f"out was packed from other sizes {sizes}, expected {expected} and widths {layout.widths}")
 
 
+def pairs(stack: Stack, packed: PackedMLP) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Packed tensors [rows, columns] or [columns], which make up all of them, each with the smaller one it begins with.
+
+    None where there is no such parameter: all of it is zero.
+    """
+    depth, states = len(stack.layout.widths), stack.observation_dim
+    for e, first in enumerate(stack.weights[0]):
+        yield packed.state[e], first[:states]
+        yield packed.action[e], first[states : states + stack.action_dim]
+        yield packed.time[e], first[-1] if stack.layout.time else None
+        for i in range(1, depth):
+            yield packed.hidden[e, i - 1], stack.weights[i][e]
+        yield packed.head[e], stack.weights[-1][e]
+        yield packed.head_bias[e], stack.biases[-1][e]
+        for i in range(depth):
+            yield packed.vectors[e, i, 0], stack.biases[i][e]
+            for j, group in ((1, stack.norm_scales), (2, stack.norm_biases)):
+                yield packed.vectors[e, i, j], group[i][e] if group else None
+
+
 def _copy(stack: Stack, packed: PackedMLP) -> None:
     """Packing by PyTorch's copies."""
-    layout, first = stack.layout, stack.weights[0]
-    widths, rest = layout.widths, layout.observation_dim + layout.action_dim
-    for tensor in packed[:7]:
-        tensor.zero_()
-    packed.state[:, : layout.observation_dim, : widths[0]] = first[:, : layout.observation_dim]
-    packed.action[:, : layout.action_dim, : widths[0]] = first[:, layout.observation_dim : rest]
-    if layout.time:
-        packed.time[:, : widths[0]] = first[:, -1]
-    for i in range(1, len(widths)):
-        packed.hidden[:, i - 1, : widths[i - 1], : widths[i]] = stack.weights[i]
-    packed.head[:, : widths[-1], : layout.output_dim] = stack.weights[-1]
-    packed.head_bias[:, : layout.output_dim] = stack.biases[-1]
-    for i, width in enumerate(widths):
-        packed.vectors[:, i, 0, :width] = stack.biases[i]
-        if stack.norm_scales:
-            packed.vectors[:, i, 1, :width] = stack.norm_scales[i]
-            packed.vectors[:, i, 2, :width] = stack.norm_biases[i]
+    for target, source in pairs(stack, packed):
+        target.zero_()
+        if source is not None:
+            target[tuple(map(slice, source.shape))] = source

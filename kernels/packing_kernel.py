@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, tables
-from .packing import TILE, PackedMLP, Stack
+from .packing import TILE, PackedMLP, Stack, pairs
 
 COLUMNS = tl.constexpr(10)  # of the table, in the order in which the kernel reads them
 SOURCES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
@@ -57,15 +57,11 @@ def packing_kernel(
 
 def _tiles(stack: Stack, packed: PackedMLP, matrices: Tensor, vectors: Tensor) -> list[list[int]]:
     """The table's rows of one stack; targets are relative to the two tensors."""
-    layout, tiles = stack.layout, []
-
-    def add(target: Tensor, source: Tensor | None) -> None:
-        """Tiles of a contiguous target [rows, columns] or [columns] from a source of no greater size."""
+    tiles = []
+    for target, source in pairs(stack, packed):
         base = vectors if target.ndim == 1 else matrices
-        target = target if target.ndim == 2 else target.unsqueeze(0)
-        if source is not None and source.ndim == 1:
-            source = source.unsqueeze(0)
-        offset, size, width = (target.data_ptr() - base.data_ptr()) // target.itemsize, target.numel(), target.shape[1]
+        rows, source = torch.atleast_2d(target), None if source is None else torch.atleast_2d(source)
+        offset, size, width = (target.data_ptr() - base.data_ptr()) // target.itemsize, target.numel(), rows.shape[1]
         for start in range(0, size, TILE):
             row = start // width
             tile = [0, 0, 0, 0, 0, width, start % width, offset + start, min(TILE, size - start), int(base is vectors)]
@@ -73,21 +69,6 @@ def _tiles(stack: Stack, packed: PackedMLP, matrices: Tensor, vectors: Tensor) -
                 address = source.data_ptr() + row * source.stride(0) * source.itemsize
                 tile[:5] = [address, *source.stride(), source.shape[0] - row, source.shape[1]]
             tiles.append(tile)
-
-    depth, states = len(layout.widths), layout.observation_dim
-    for e in range(layout.members):
-        first = stack.weights[0][e]
-        add(packed.state[e], first[:states])
-        add(packed.action[e], first[states : states + layout.action_dim])
-        add(packed.time[e], first[-1] if layout.time else None)
-        for i in range(1, depth):
-            add(packed.hidden[e, i - 1], stack.weights[i][e])
-        add(packed.head[e], stack.weights[-1][e])
-        add(packed.head_bias[e], stack.biases[-1][e])
-        for i in range(depth):
-            add(packed.vectors[e, i, 0], stack.biases[i][e])
-            for j, group in ((1, stack.norm_scales), (2, stack.norm_biases)):
-                add(packed.vectors[e, i, j], group[i][e] if group else None)
     return tiles
 
 
@@ -97,9 +78,9 @@ def write(stacks: Sequence[Stack], packed: Sequence[PackedMLP]) -> None:
     parameters = [parameter for stack in stacks for parameter in stack.parameters]
     targets = [tensor for mlp in packed for tensor in (mlp.state, mlp.action, mlp.hidden, mlp.head)]
     float32_targets = [tensor for mlp in packed for tensor in (mlp.time, mlp.vectors, mlp.head_bias)]
-    for name, tensor in [("out", tensor) for tensor in targets + float32_targets]:
+    for tensor in targets + float32_targets:
         if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
+            raise ValueError(f"out has strides {tensor.stride()}, expected a contiguous tensor")
     source = parameters[0].dtype
     key = (
         "packing",

@@ -227,7 +227,7 @@ def _select_particle(
             inverse_temperature=1.0 / temperature,
             MODE=mode,
             BLOCK_A=launch.ACTION_BLOCK,
-            **config.options(),
+            **launch.arguments(config),
         )
     return action, index
 
@@ -259,7 +259,7 @@ def _td_target(q: Tensor, rewards: Tensor, masks: Tensor, discount: float, aggre
             discount=discount,
             MINIMUM=aggregation == "min",
             LARGEST=reduce == "max",
-            **config.options(),
+            **launch.arguments(config),
         )
     return y
 

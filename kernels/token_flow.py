@@ -37,11 +37,10 @@ def token_distances_kernel(
     D: tl.tensor,
     SPAN: tl.tensor,  # dimensions of a program
     CHUNK: tl.tensor,  # dimensions whose squares are summed by themselves
-    BLOCK_N: tl.constexpr,
-    UNROLL: tl.constexpr,
-    PAIRED: tl.constexpr,
+    PAIRS: tl.constexpr,  # a ``launch.SvgdLaunch``
 ) -> None:
     """Squared distances in the dimensions of program ``program_id(0)``."""
+    BLOCK_N: tl.constexpr = PAIRS.block_n
     program = tl.program_id(0)
     offs_n = tl.arange(0, BLOCK_N)
     # Padding reads the last particle again; its distances are not stored.
@@ -53,7 +52,7 @@ def token_distances_kernel(
     # Sums of sums: one long one would lose digits.
     for start in range(first, end, CHUNK):
         count = tl.minimum(CHUNK, end - start)
-        distances += squared_distances(x_ptr, offs_x, stride_d, N, count, BLOCK_N, UNROLL, PAIRED)
+        distances += squared_distances(x_ptr, offs_x, stride_d, N, count, BLOCK_N, PAIRS.unroll, PAIRS.paired)
         x_ptr += CHUNK * stride_d
     in_n = offs_n < N
     offs = program.to(tl.int64) * N * N + offs_n[:, None] * N + offs_n[None, :]
@@ -74,11 +73,11 @@ def token_direction_kernel(
     inverse_temperature: tl.tensor,
     KERNEL: ParticleKernel,
     REPULSION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    PAIRED: tl.constexpr,
+    PAIRS: tl.constexpr,  # a ``launch.SvgdLaunch``
 ) -> None:
     """phi of the module's docstring in the dimensions of program ``program_id(0)``."""
+    BLOCK_N: tl.constexpr = PAIRS.block_n
+    BLOCK_C: tl.constexpr = PAIRS.block_c
     offs_n = tl.arange(0, BLOCK_N)
     in_n = offs_n < N
     in_pair = in_n[:, None] & in_n[None, :]
@@ -97,7 +96,7 @@ def token_direction_kernel(
         safe_c = tl.minimum(offs_c, D - 1).to(tl.int64)[None, :]
         x = tl.load(x_ptr + (offs_x + safe_c * strides[1])).to(tl.float32)  # [BLOCK_N, BLOCK_C]
         score = tl.load(score_ptr + (offs_g + safe_c * strides[3])).to(tl.float32)
-        phi = direction(kernel, gamma, x, score, inverse_temperature, KERNEL, REPULSION, PAIRED) * share
+        phi = direction(kernel, gamma, x, score, inverse_temperature, KERNEL, REPULSION, PAIRS.paired) * share
         tl.store(phi_ptr + (offs_phi + offs_c[None, :]), phi, mask=in_n[:, None] & (offs_c < end)[None, :])
 
 
@@ -124,7 +123,8 @@ def _token_svgd_direction(particles: Tensor, score: Tensor, temperature: float, 
             D=width,
             SPAN=config.span,
             CHUNK=launch.TOKEN_FLOW_CHUNK,
-            **config.distance_options(),
+            PAIRS=config.step,
+            num_warps=config.step.num_warps,
         )
         token_direction_kernel[(programs,)](
             particles,
@@ -139,7 +139,8 @@ def _token_svgd_direction(particles: Tensor, score: Tensor, temperature: float, 
             inverse_temperature=1.0 / temperature,
             KERNEL=particle_kernel("rbf"),
             REPULSION=repulsion,
-            **config.direction_options(),
+            PAIRS=config.step,
+            num_warps=config.step.num_warps,
         )
     return phi
 

@@ -13,6 +13,7 @@ has one order. Statistics, accumulators, z, gradients and master weights are flo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -34,16 +35,10 @@ def _stack(
 ) -> Stack:
     """The inverse of ``Stack.parameters``."""
     depth = (len(parameters) - 2) // (4 if layer_norm else 2)
-    ends = (depth + 1, 2 * (depth + 1), 2 * (depth + 1) + (depth if layer_norm else 0))
-    return Stack(
-        parameters[: ends[0]],
-        parameters[ends[0] : ends[1]],
-        parameters[ends[1] : ends[2]],
-        parameters[ends[2] :],
-        activation,
-        observation_dim,
-        action_dim,
-    )
+    rest, normed = iter(parameters), depth if layer_norm else 0
+    counts = (depth + 1, depth + 1, normed, normed)
+    weights, biases, scales, shifts = (list(itertools.islice(rest, count)) for count in counts)
+    return Stack(weights, biases, scales, shifts, activation, observation_dim, action_dim)
 
 
 @torch.library.custom_op("vgf_fast::mlp_forward", mutates_args=())
@@ -97,26 +92,12 @@ def _fake_forward(
 
 
 @_mlp_forward.register_fake
-def _(
-    observations: Tensor,
-    actions: Tensor,
-    time: Tensor | None,
-    target: Tensor | None,
-    parameters: list[Tensor],
-    layer_norm: bool,
-    activation: str,
-    loss: str,
-    weight: float,
-    dtype: torch.dtype,
-    precision: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(observations: Tensor, actions: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, parameters, layer_norm, activation, loss, _, dtype, _ = rest
     layout = _stack(parameters, layer_norm, activation, observations.shape[1], actions.shape[1]).layout
     sizes = packing.buffer_sizes([layout])
-    return (
-        *_fake_forward(layout, actions, dtype, loss),
-        actions.new_empty(sizes[0], dtype=dtype),
-        actions.new_empty(sizes[1]),
-    )
+    packed = actions.new_empty(sizes[0], dtype=dtype), actions.new_empty(sizes[1])
+    return (*_fake_forward(layout, actions, dtype, loss), *packed)
 
 
 @torch.library.custom_op("vgf_fast::mlp_backward", mutates_args=())
@@ -138,8 +119,7 @@ def _mlp_backward(
     """Gradients of all parameters one after another, and of the inputs [B, inputs] if asked."""
     layout = _layout_of(dout, observations, actions, inputs, widths, layer_norm)
     if len(actions) == 0:
-        size = sum(math.prod(shape) for shape in optimizer.parameter_shapes(layout))
-        return dout.new_zeros(size), dout.new_zeros((0, inputs) if input_gradient else 0)
+        return dout.new_zeros(_gradient_size(layout)), dout.new_zeros((0, inputs) if input_gradient else 0)
     mlp = packing.views([layout], [activation], matrices, vectors)[0]
     network = Network(mlp, layout, Batch(observations, actions), precision)
     saved = network.with_gradients(Pass(None, dout.contiguous(), left, z, None))
@@ -149,39 +129,21 @@ def _mlp_backward(
     return gradients, network.input_gradients(saved) if input_gradient else dout.new_empty(0)
 
 
+def _gradient_size(layout: Layout) -> int:
+    return sum(math.prod(shape) for shape in optimizer.parameter_shapes(layout))
+
+
 def _layout_of(
     dout: Tensor, observations: Tensor, actions: Tensor, inputs: int, widths: list[int], layer_norm: bool
 ) -> Layout:
-    members, _, output_dim = dout.shape
-    return Layout(
-        int(members),
-        inputs,
-        tuple(widths),
-        int(output_dim),
-        int(observations.shape[1]),
-        int(actions.shape[1]),
-        layer_norm,
-    )
+    outputs, (states, width) = dout.shape[2], (observations.shape[1], actions.shape[1])
+    return Layout(int(dout.shape[0]), inputs, tuple(widths), int(outputs), int(states), int(width), layer_norm)
 
 
 @_mlp_backward.register_fake
-def _(
-    dout: Tensor,
-    observations: Tensor,
-    actions: Tensor,
-    left: Tensor,
-    z: Tensor,
-    matrices: Tensor,
-    vectors: Tensor,
-    inputs: int,
-    widths: list[int],
-    layer_norm: bool,
-    activation: str,
-    precision: str | None,
-    input_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    layout = _layout_of(dout, observations, actions, inputs, widths, layer_norm)
-    size = sum(math.prod(shape) for shape in optimizer.parameter_shapes(layout))
+def _(dout: Tensor, observations: Tensor, actions: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, inputs, widths, layer_norm, _, _, input_gradient = rest
+    size = _gradient_size(_layout_of(dout, observations, actions, inputs, widths, layer_norm))
     return dout.new_empty(size), dout.new_empty((actions.shape[0], inputs) if input_gradient else 0)
 
 
@@ -197,7 +159,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, grad_out: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
-    observations, actions, dout, left, z, matrices, vectors = ctx.saved_tensors
+    observations, actions, dout, *saved = ctx.saved_tensors
     layout = ctx.layout
     total = grad_out
     if grad_loss is not None:
@@ -208,19 +170,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, grad_out: Tensor | None, *unus
         return (None, None, None, None, [None] * parameter_count, *nothing)
     wanted = ctx.needs_input_grad
     gradients, dx = torch.ops.vgf_fast.mlp_backward(
-        total,
-        observations,
-        actions,
-        left,
-        z,
-        matrices,
-        vectors,
-        layout.inputs,
-        list(layout.widths),
-        layout.layer_norm,
-        ctx.activation,
-        ctx.precision,
-        any(wanted[:3]),
+        *(total, observations, actions, *saved),
+        *(layout.inputs, list(layout.widths), layout.layer_norm, ctx.activation, ctx.precision, any(wanted[:3])),
     )
     shapes = optimizer.parameter_shapes(layout)
     parts = gradients.split([math.prod(shape) for shape in shapes])
@@ -261,9 +212,7 @@ def _mlp_training_step_(
 ) -> Tensor:
     launch.check_device("actions", actions)
     layout = _stack(parameters, layer_norm, activation, observations.shape[1], actions.shape[1]).layout
-    state, action, time_row, hidden, head, vectors, head_bias = packed
-    sizes = (layout.observation_dim, layout.action_dim, layout.output_dim, layout.layer_norm, activation)
-    mlp = PackedMLP(state, action, time_row, hidden, head, vectors, head_bias, *sizes, layout.widths)
+    mlp = layout.packed(packed, activation)
     network = Network(mlp, layout, Batch(observations, actions, time, noise, target), precision)
     result = network.forward(loss, weight, optimizer.step_table(steps), backward=True)
     network.backward(result)
@@ -401,23 +350,6 @@ def training_step_(
         raise ValueError(f"packed has widths {packed.hidden_dims}, expected {layout.widths}: pack the stack anew")
     state = optimizer.adam_state(adam, stack.parameters)
     optimizer.check_state(state, targets, layout)
-    return _mlp_training_step_(
-        batch.observations,
-        batch.actions,
-        batch.time,
-        batch.noise,
-        batch.target,
-        list(packed.tensors),
-        list(state.parameters),
-        list(state.exp_avgs),
-        list(state.exp_avg_sqs),
-        list(state.steps),
-        list(targets),
-        layout.layer_norm,
-        stack.activation,
-        loss,
-        float(weight),
-        state.learning_rate,
-        float(tau),
-        precision,
-    )
+    lists = (list(tensors) for tensors in (packed.tensors, *state[:4], targets))
+    flags = (layout.layer_norm, stack.activation, loss, float(weight), state.learning_rate, float(tau), precision)
+    return _mlp_training_step_(*batch, *lists, *flags)
