@@ -420,35 +420,20 @@ def _end(
     index: Tensor | None,
 ) -> None:
     """What is made of the last particles' values."""
-    select = epilogue if isinstance(epilogue, Select) else Select()
-    td = epilogue if isinstance(epilogue, TDTarget) else None
-    flow = Flow(
-        PART="select" if td is None else "td",
-        MINIMUM=epilogue.q_aggregation == "min",
-        SELECTION=select.mode,
-        LARGEST=td is not None and td.reduce == "max",
-    )
-    flow_step(
-        flow,
-        critic.shape(0),
-        functions,
-        Step(
-            discount=0.0 if td is None else float(td.discount),
-            inverse_choice_temperature=1.0 / select.temperature,
-            stride_rewards=0 if td is None else td.rewards.stride(0),
-            stride_masks=0 if td is None else td.masks.stride(0),
-        ),
-        Particles(x, x, x, x, x),
-        q=q,
-        choice=Choice(
-            q if select.uniform is None else select.uniform.contiguous(),
-            q if td is None else td.rewards,
-            q if td is None else td.masks,
-            q if chosen is None else chosen,
-            q if index is None else index,
-        ),
-        pdl=critic.pdl,
-    )
+    flow, choice = Flow("select", MINIMUM=epilogue.q_aggregation == "min"), Choice(q, q, q, chosen, index)
+    if isinstance(epilogue, TDTarget):
+        rewards, masks = epilogue.rewards, epilogue.masks
+        flow = flow._replace(PART="td", LARGEST=epilogue.reduce == "max")
+        strides = {"stride_rewards": rewards.stride(0), "stride_masks": masks.stride(0)}
+        step = Step(discount=float(epilogue.discount), **strides)
+        choice = choice._replace(rewards=rewards, masks=masks, index=q)
+    else:
+        flow = flow._replace(SELECTION=epilogue.mode)
+        step = Step(inverse_choice_temperature=1.0 / epilogue.temperature)
+        if epilogue.uniform is not None:
+            choice = choice._replace(uniform=epilogue.uniform.contiguous())
+    shape, nothing = critic.shape(0), Particles(x, x, x, x, x)
+    flow_step(flow, shape, functions, step, nothing, q=q, choice=choice, pdl=critic.pdl)
 
 
 # --- acting ----------------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from . import launch
-from .activations import Activation, activation
-from .arguments import Net, Options, Shape, tensor_of
+from .activations import Activation
+from .arguments import Net, Shape, tensor_of
 from .packing import MIN_DOT, PackedMLP
 from .product import release, wait
 from .rows import affine, affine_backward, store_sums
@@ -299,7 +299,7 @@ def head_kernel(
         store_sums(dz, dy, normal, outputs.sums + part * sizes.depth * (3 * HP), HP, LAYER_NORM)
 
 
-# --- launchers -------------------------------------------------------------------------------------------------------
+# --- launcher --------------------------------------------------------------------------------------------------------
 
 
 def strides_of(batch: Batch) -> Strides:
@@ -313,17 +313,8 @@ def first_layer(
     """Write x [rows, inputs padded] and z [E, rows, HP]; count ``steps``, a column of addresses."""
     hp = mlp.padded_width
     block_m, block_n, block_k = launch.share_tile(hp)
-    constants = FirstConstants(
-        mlp.state.shape[1],
-        mlp.action.shape[1],
-        hp,
-        block_m,
-        block_n,
-        block_k,
-        launch.padded(sizes.counters),
-        precision,
-        pdl,
-    )
+    padded = (mlp.state.shape[1], mlp.action.shape[1], hp)
+    constants = FirstConstants(*padded, block_m, block_n, block_k, launch.padded(sizes.counters), precision, pdl)
     grid = (hp // block_n, triton.cdiv(sizes.rows, block_m), mlp.members)
     weights = First(mlp.state, mlp.action, mlp.time, mlp.vectors)
     with launch.on_device(x):
@@ -337,40 +328,4 @@ def first_layer(
             steps,
             constants,
             **launch.options(4, 3, pdl),
-        )
-
-
-def head(
-    mlp: PackedMLP,
-    z: Tensor,
-    outputs: Outputs,
-    batch: Batch,
-    sizes: Sizes,
-    shape: Shape,
-    options: Options,
-    loss: str | None,
-    weight: float,
-    forward: bool,
-    backward: bool,
-    rows: int,
-) -> None:
-    """Forward with a loss, if there is one, and backward, as asked; ``rows`` a program. Without either: nothing."""
-    constants = HeadConstants(mlp.head.shape[2], max(mlp.head.shape[2], MIN_DOT), forward, loss is not None, backward)
-    net = Net(mlp.action, mlp.time, mlp.head, mlp.vectors[:, -1], mlp.head_bias, None)
-    with launch.on_device(z):
-        head_kernel[(triton.cdiv(sizes.rows, rows), mlp.members)](
-            net,
-            z,
-            outputs,
-            batch,
-            strides_of(batch),
-            sizes,
-            shape,
-            weight,
-            activation(mlp.activation),
-            LOSSES[loss or "squared"],
-            options,
-            constants,
-            rows,
-            **launch.options(1, 1, options.PDL),
         )

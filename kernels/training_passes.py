@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from . import launch, optimizer
+from .activations import activation
 from .arguments import Net, Options, Shape
 from .packing import Layout, PackedMLP
 from .product import product
 from .rows import rows
-from .training_layers import Batch, Outputs, Sizes, first_layer, head
+from .training_layers import LOSSES, Batch, HeadConstants, Outputs, Sizes, first_layer, head_kernel, strides_of
 
 
 class Pass(NamedTuple):
@@ -72,6 +74,11 @@ class Network:
         width = layout.widths[layer]
         return Shape(self.extents.padded_rows, 1, layout.action_dim, layout.members, self.mlp.depth, width)
 
+    def net_at(self, layer: int) -> Net:
+        """Pointers, those of the vectors at a hidden layer; there is no states' share."""
+        mlp = self.mlp
+        return Net(mlp.action, mlp.time, mlp.head, mlp.vectors[:, layer], mlp.head_bias, mlp.vectors)
+
     def sums_of(self, sums: Tensor | None, layer: int) -> Tensor | None:
         """Shares of the vectors' gradients, from a layer on."""
         return None if sums is None else sums[layer * 3 * self.mlp.padded_width :]
@@ -87,17 +94,15 @@ class Network:
 
     def rows_of(self, mode: str, layer: int, **tensors: Tensor | None) -> None:
         """``rows`` of a layer."""
-        mlp = self.mlp
-        net = Net(mlp.action, mlp.time, mlp.head, mlp.vectors[:, layer], mlp.head_bias, mlp.vectors)
-        block = self.extents.block_rows
-        rows(mode, net, self.shape(layer), self.options, mlp.activation, block=block, **tensors)  # type: ignore[arg-type]
+        layers = (self.net_at(layer), self.shape(layer), self.options, self.mlp.activation)
+        rows(mode, *layers, block=self.extents.block_rows, **tensors)  # type: ignore[arg-type]
 
     def product(self, a: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None, transposed: bool = False) -> None:
         """``product`` of all rows."""
         product(a, w, out, bias, transposed=transposed, precision=self.precision, pdl=self.options.PDL)
 
     def head(self, result: Pass, loss: str | None, weight: float, forward: bool, backward: bool) -> None:
-        """The last layer."""
+        """The last layer forward with a loss, if there is one, and backward, as asked."""
         extents = self.extents
         dz = dhead = sums = head_sums = None
         if backward:
@@ -105,21 +110,24 @@ class Network:
             dz, dhead = self.slots(right)[self.last], right[extents.hidden_size :]
             sums, head_sums = self.sums_of(shares, self.last), shares[extents.vectors_size :]
         h = self.slots(result.left, extents.hidden_place)[self.last] if forward else None
-        outputs = Outputs(h, result.out, result.dout, result.losses, dz, dhead, sums, head_sums)
-        head(
-            self.mlp,
-            result.z[self.last],
-            outputs,
-            self.batch,
-            self.sizes(),
-            self.shape(self.last),
-            self.options,
-            loss,
-            weight,
-            forward,
-            backward,
-            extents.block_rows,
-        )
+        columns, block = self.mlp.head.shape[2], extents.block_rows
+        with launch.on_device(result.z):
+            head_kernel[(triton.cdiv(extents.padded_rows, block), self.mlp.members)](
+                self.net_at(self.last),
+                result.z[self.last],
+                Outputs(h, result.out, result.dout, result.losses, dz, dhead, sums, head_sums),
+                self.batch,
+                strides_of(self.batch),
+                self.sizes(),
+                self.shape(self.last),
+                weight,
+                activation(self.mlp.activation),
+                LOSSES[loss or "squared"],
+                self.options,
+                HeadConstants(columns, extents.output_width, forward, loss is not None, backward),
+                block,
+                **launch.options(1, 1, self.options.PDL),
+            )
 
     def forward(
         self, loss: str | None, weight: float = 0.0, steps: Tensor | None = None, backward: bool = False
