@@ -2,6 +2,7 @@
 
     python -m profiling.resources                      # compile everything, print the table
     python -m profiling.resources --write              # the same, and write profiling/results/resources.json
+    python -m profiling.resources sm_90 --write profiling/results/resources-3.6.json      # with Triton 3.6 installed
     python -m profiling.resources sm_90 --scenario "flow bf16"
 
 The launchers of the library run at real sizes, but every launch is written down instead of made; each is then compiled
@@ -363,6 +364,7 @@ _WORK: list[tuple[str, str, bool, Launch]] = []  # of the processes that compile
 
 def _row(number: int) -> dict[str, Any]:
     target, scenario, is_paper_size, launch = _WORK[number]
+    numbers = launch.numbers()
     return {
         "target": target,
         "scenario": scenario,
@@ -370,7 +372,8 @@ def _row(number: int) -> dict[str, Any]:
         "flags": " ".join(launch.flags()),
         "num_warps": launch.options.get("num_warps", 4),
         "paper_size": is_paper_size,
-        "has_product": "PRECISION" in launch.numbers(),
+        "has_product": "PRECISION" in numbers,
+        "tile": [numbers[name] for name in ("BLOCK_M", "BLOCK_N") if name in numbers],
         **resources(compile_launch(launch, target), target),
     }
 
@@ -399,7 +402,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m profiling.resources", description=__doc__)
     parser.add_argument("targets", nargs="*", default=list(TARGETS), metavar="target", help=" ".join(TARGETS))
     parser.add_argument("--scenario", action="append", choices=SCENARIOS, help="only this one; may be repeated")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument(
+        "--write", nargs="?", const=RESULTS, type=Path, metavar="FILE", help=f"write FILE, by default {RESULTS.name}"
+    )
     arguments = parser.parse_args(argv)
     unknown = [target for target in arguments.targets if target not in TARGETS]
     if unknown:
@@ -410,9 +415,9 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows(tuple(arguments.targets), tuple(arguments.scenario or SCENARIOS)):
         print(json.dumps(row), flush=True)
         table.append(row)
-    if arguments.write:
+    if arguments.write is not None:
         body = ",\n".join(json.dumps(row) for row in table)
-        RESULTS.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{body}\n]}}\n', encoding="utf-8")
+        arguments.write.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{body}\n]}}\n', encoding="utf-8")
     return 0
 
 
