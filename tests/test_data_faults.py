@@ -273,7 +273,8 @@ def test_a_lock_does_not_outlive_its_holder(tmp_path):
         "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX)\n"
         "print('held', flush=True); time.sleep(60)"
     )
-    file = tmp_path / f"data.npz.{files._key(files.open_source(path), torch.float32, files.ACTION_CLIP)}.transitions"
+    key = files._key(files.open_source(path), torch.float32, files.ACTION_CLIP, None)
+    file = tmp_path / f"data.npz.{key}.transitions"
     lock = file.with_name(f".{file.name}.lock")
     with subprocess.Popen([sys.executable, "-c", program, lock], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"

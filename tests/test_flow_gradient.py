@@ -393,7 +393,7 @@ def operator_calls(dtype, backend):
     """Every operator with the arguments of every mode."""
     net, field, (states, x) = critic(dtype=dtype), velocity(dtype=dtype), inputs(dtype=dtype)
     q, v = (operators.flat(module.stacked().detach()) for module in (net, field))
-    options = (2, 0.05, 0.3, "mean", False, True, "adam")
+    options = (2, 0.05, 0.3, "mean", False, True, "adam", "rbf")
     yield operators.critic_op, (*q, states, x, "min", backend)
     for mode in ("exact", "identity"):
         yield operators.behavior_op, (*v, states, x, 2, backend, mode)

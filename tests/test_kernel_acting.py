@@ -258,7 +258,8 @@ def test_the_policys_actions(batch, behavior, selection):
         with count_launches() as names:
             actions[one_launch] = policy.sample_actions(states, 1, noise, generator)
         assert ("small_kernel" in names) == one_launch
-        assert ("product_kernel" in names) != one_launch
+        # The action's gradient is one in either way.
+        assert (names.count("product_kernel") == 1) == one_launch
     assert relative_error(actions[True], actions[False]) < BOUNDS["release_trajectory"][F32]
 
 

@@ -386,8 +386,10 @@ def flow_op(
         backend,
     )
     q = particles.new_empty((0,), dtype=_value_dtype(parameters[0])) if result.q is None else result.q
-    trajectory = particles.new_empty((0,)) if result.trajectory is None else result.trajectory
-    return result.particles, q, trajectory
+    if result.trajectory is None:
+        return result.particles, q, particles.new_empty((0,))
+    # Results of an operator share no memory: the kernels' last particles are the trajectory's end.
+    return result.particles.clone(), q, result.trajectory
 
 
 @flow_op.register_fake
