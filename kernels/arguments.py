@@ -86,6 +86,7 @@ class Options(NamedTuple):
     LAYER_NORM: bool
     PRECISION: str  # of products of float32
     PDL: bool  # whether the kernel is launched before the one ahead of it has ended
+    WHOLE: bool  # whether every hidden layer has HP units
 
 
 class Flow(NamedTuple):

@@ -132,7 +132,7 @@ FEW_ROWS = 160  # rows up to which a layer is spread over as many programs as th
 def small_tile(padded_width: int) -> SmallTile:
     """Narrow tiles for many programs; a warp sums 16 products at least."""
     block_m, block_n = (64, padded_width) if interpreted() else (16, 16)
-    return SmallTile(block_m, block_n, min(padded_width // 16, 16 if padded_width > 512 else 8))
+    return SmallTile(block_m, block_n, min(padded_width // 16, 16 if padded_width > 512 else 4))
 
 
 class EulerTile(NamedTuple):

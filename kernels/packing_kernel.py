@@ -33,19 +33,19 @@ def packing_kernel(
     """Copy and convert tile ``program_id(0)``."""
     row_ptr = table_ptr + tl.program_id(0) * COLUMNS
     source_ptr = tl.load(row_ptr).to(tl.pointer_type(SOURCE))  # the parameter's entry at the tile's first row
-    stride_row = tl.load(row_ptr + 1)
-    stride_column = tl.load(row_ptr + 2)
-    rows = tl.load(row_ptr + 3)  # of the parameter from there on
-    columns = tl.load(row_ptr + 4)  # of the parameter
-    padded_columns = tl.load(row_ptr + 5).to(tl.int32)
+    stride_row = tl.load(row_ptr + 1).to(tl.int32)
+    stride_column = tl.load(row_ptr + 2).to(tl.int32)
+    rows = tl.load(row_ptr + 3).to(tl.int32)  # of the parameter from there on
+    columns = tl.load(row_ptr + 4).to(tl.int32)  # of the parameter
+    bits = tl.load(row_ptr + 5).to(tl.int32)  # log2 of the padded columns
     position = tl.load(row_ptr + 6).to(tl.int32)  # of the tile's first entry within its row
     target = tl.load(row_ptr + 7)  # where the tile begins among the packed entries
-    count = tl.load(row_ptr + 8)
+    count = tl.load(row_ptr + 8).to(tl.int32)
     is_vector = tl.load(row_ptr + 9)
     offs = tl.arange(0, BLOCK)
     place = position + offs
-    row = place // padded_columns  # [BLOCK]
-    column = place % padded_columns
+    row = place >> bits  # [BLOCK]
+    column = place & ((1 << bits) - 1)
     in_tile = offs < count
     is_real = in_tile & (row < rows) & (column < columns)
     values = tl.load(source_ptr + (row * stride_row + column * stride_column), mask=is_real, other=0.0).to(tl.float32)
@@ -64,7 +64,8 @@ def _tiles(stack: Stack, packed: PackedMLP, matrices: Tensor, vectors: Tensor) -
         offset, size, width = (target.data_ptr() - base.data_ptr()) // target.itemsize, target.numel(), rows.shape[1]
         for start in range(0, size, TILE):
             row = start // width
-            tile = [0, 0, 0, 0, 0, width, start % width, offset + start, min(TILE, size - start), int(base is vectors)]
+            bits = width.bit_length() - 1  # widths are powers of two
+            tile = [0, 0, 0, 0, 0, bits, start % width, offset + start, min(TILE, size - start), int(base is vectors)]
             if source is not None and row < source.shape[0]:
                 address = source.data_ptr() + row * source.stride(0) * source.itemsize
                 tile[:5] = [address, *source.stride(), source.shape[0] - row, source.shape[1]]

@@ -25,23 +25,36 @@ MODES = ("first", "forward", "head", "value", "backward")
 
 
 @triton.jit
-def affine(
-    z: tl.tensor, vector_ptr: tl.tensor, width: tl.tensor, HP: tl.constexpr, LAYER_NORM: tl.constexpr
-) -> tl.tensor:
-    """What the activation is applied to, y [ROWS, HP]; normalised rows, 1 / std [ROWS, 1] and scale [1, HP].
+def width_of(shape: Shape, OPTIONS: tl.constexpr) -> tl.tensor:
+    """Units of the layer; where that is known to be all columns, a constant, for which masks by it fall away."""
+    width = tensor_of(shape.width)
+    if OPTIONS.WHOLE:
+        width = tl.full([], OPTIONS.HP, tl.int32)
+    return width
 
-    ``z`` [ROWS, HP] is float32, ``vector_ptr`` to the layer's [3, HP]: bias, scale, shift.
-    """
-    offs_h = tl.arange(0, HP)
+
+@triton.jit
+def scale_and_shift(vector_ptr: tl.tensor, HP: tl.constexpr, LAYER_NORM: tl.constexpr) -> tl.tensor:
+    """LayerNorm's scale and shift [1, HP]; ``vector_ptr`` to the layer's [3, HP]: bias, scale, shift."""
+    vector_ptrs = vector_ptr + tl.arange(0, HP)
+    scale = tl.zeros([1, HP], tl.float32)
+    shift = tl.zeros([1, HP], tl.float32)
+    if LAYER_NORM:
+        scale = tl.load(vector_ptrs + HP)[None, :]
+        shift = tl.load(vector_ptrs + 2 * HP)[None, :]
+    return scale, shift
+
+
+@triton.jit
+def affine(z: tl.tensor, scale: tl.tensor, shift: tl.tensor, width: tl.tensor, LAYER_NORM: tl.constexpr) -> tl.tensor:
+    """What the activation is applied to, y [ROWS, HP], of z [ROWS, HP] float32; normalised rows and 1 / std [ROWS, 1]."""
     y = z
     normal = z
     rstd = tl.zeros([z.shape[0], 1], tl.float32)
-    scale = tl.zeros([1, HP], tl.float32)
     if LAYER_NORM:
-        normal, rstd = normalise(z, offs_h < width, tensor_of(width))
-        scale = tl.load(vector_ptr + HP + offs_h)[None, :]
-        y = normal * scale + tl.load(vector_ptr + 2 * HP + offs_h)[None, :]
-    return y, normal, rstd, scale
+        normal, rstd = normalise(z, tl.arange(0, z.shape[1]) < width, width)
+        y = normal * scale + shift
+    return y, normal, rstd
 
 
 @triton.jit
@@ -54,10 +67,10 @@ def affine_backward(
     HP: tl.constexpr,
     LAYER_NORM: tl.constexpr,
 ) -> tl.tensor:
-    """Gradient with respect to z [ROWS, HP], zero in the padding; the rest is what ``affine`` returned."""
+    """Gradient with respect to z [ROWS, HP], zero in the padding; the rest is what ``affine`` took and returned."""
     in_width = tl.arange(0, HP) < width
     if LAYER_NORM:
-        return normalise_backward(grad * scale, normal, rstd, in_width, tensor_of(width))
+        return normalise_backward(grad * scale, normal, rstd, in_width, width)
     return tl.where(in_width[None, :], grad, 0.0)
 
 
@@ -104,7 +117,13 @@ def rows_kernel(
     safe_m = tl.minimum(offs_m, shape.rows - 1).to(tl.int64)
     first_row = member * shape.rows
     offs = (first_row + safe_m)[:, None] * HP + offs_h[None, :]  # [ROWS, HP]
+    width = width_of(shape, OPTIONS)
     vector_ptr = net.vectors + member * shape.depth * (3 * HP)
+    # Weights are older than the kernel before this one, and need not wait for it.
+    if MODE != "first":
+        scale, shift = scale_and_shift(vector_ptr, HP, LAYER_NORM)
+    if MODE == "head" or MODE == "value":
+        head = tl.load(net.head + member * HP + offs_h).to(tl.float32)[None, :]
     if MODE == "first":
         states = shape.rows // shape.particles
         share_rows = member * states + safe_m // shape.particles
@@ -116,18 +135,18 @@ def rows_kernel(
             x = tl.load(x_ptr + safe_m * shape.action_dim + column).to(dtype).to(tl.float32)
             z += x[:, None] * tl.load(w_ptr + column * HP).to(tl.float32)[None, :]
         tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=in_rows[:, None])
+        scale, shift = scale_and_shift(vector_ptr, HP, LAYER_NORM)
     else:
         wait(OPTIONS.PDL)
         z = tl.load(z_ptr + offs).to(tl.float32)
     release(OPTIONS.PDL)
-    y, normal, rstd, scale = affine(z, vector_ptr, shape.width, HP, LAYER_NORM)
+    y, normal, rstd = affine(z, scale, shift, width, LAYER_NORM)
     if MODE == "first" or MODE == "forward":
         result = activation.apply(y)
     else:
         if MODE == "backward":
             grad = tl.load(grad_ptr + offs).to(tl.float32)
         else:
-            head = tl.load(net.head + member * HP + offs_h).to(tl.float32)[None, :]
             q = tl.sum(activation.apply(y) * head, axis=1) + tl.load(net.head_bias + member)
             tl.store(q_ptr + first_row + offs_m, q, mask=in_rows)
             grad = tl.broadcast_to(head, [ROWS, HP])
@@ -135,7 +154,7 @@ def rows_kernel(
             dy = grad * activation.slope(y)
             if SUMS:
                 dy = tl.where(in_rows[:, None], dy, 0.0)
-            result = affine_backward(dy, normal, rstd, scale, shape.width, HP, LAYER_NORM)
+            result = affine_backward(dy, normal, rstd, scale, width, HP, LAYER_NORM)
             if SUMS:
                 place = (block.to(tl.int64) * tl.num_programs(1) + member) * shape.depth
                 store_sums(result, dy, normal, sums_ptr + place * (3 * HP), HP, LAYER_NORM)
@@ -169,7 +188,7 @@ def rows(
     if shape.rows == 0:
         return
     # Going backward two row tiles are held, whose vectors are worth reading for more rows where there are many.
-    many = mode == "backward" and shape.rows >= launch.MANY_ROWS
+    many = mode != "forward" and shape.rows >= launch.MANY_ROWS
     block = block or launch.rows_block(options.HP, many)
     with launch.on_device(z):
         rows_kernel[(triton.cdiv(shape.rows, block), shape.members)](

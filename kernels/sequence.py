@@ -47,7 +47,8 @@ class Network:
         self.pdl = launch.programmatic(self.device)
         share = state_share(mlp, observations, self.precision)
         self.net = Net(mlp.action, mlp.time, mlp.head, mlp.vectors, mlp.head_bias, share)
-        self.options = Options(mlp.padded_width, mlp.action.shape[1], mlp.layer_norm, self.precision, self.pdl)
+        whole = min(mlp.hidden_dims) == mlp.padded_width
+        self.options = Options(mlp.padded_width, mlp.action.shape[1], mlp.layer_norm, self.precision, self.pdl, whole)
         self.depth = mlp.depth
         # Only narrow actions are worth reading one column at a time.
         self.narrow = self.options.RP == 16

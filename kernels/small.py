@@ -18,7 +18,7 @@ from . import launch
 from .activations import Activation, activation
 from .arguments import Net, Options, Shape
 from .product import release, wait
-from .rows import affine, affine_backward
+from .rows import affine, affine_backward, scale_and_shift, width_of
 
 MODES = ("plain", "forward", "head", "backward")
 
@@ -58,11 +58,14 @@ def small_kernel(
     else:
         w = tl.load(w_ptr + offs_k * HP + offs_n[None, None, :])  # [SPLIT, PART, BLOCK_N]
     vector_ptr = net.vectors + member * shape.depth * (3 * HP)
+    width = width_of(shape, OPTIONS)
+    if MODE != "plain":
+        scale, shift = scale_and_shift(vector_ptr, HP, OPTIONS.LAYER_NORM)
     wait(OPTIONS.PDL)
     offs = (first_row + safe_m)[:, None] * HP + offs_h[None, :]
     a = tl.load(z_ptr + offs).to(tl.float32)  # [BLOCK_M, HP]
     if MODE != "plain":
-        y, normal, rstd, scale = affine(a, vector_ptr, shape.width, HP, OPTIONS.LAYER_NORM)
+        y, normal, rstd = affine(a, scale, shift, width, OPTIONS.LAYER_NORM)
         if BACK:
             if MODE == "head":
                 head = tl.load(net.head + member * HP + offs_h).to(tl.float32)[None, :]
@@ -72,7 +75,7 @@ def small_kernel(
                 grad = tl.broadcast_to(head, [BLOCK_M, HP])
             else:
                 grad = tl.load(grad_ptr + offs).to(tl.float32)
-            a = affine_backward(grad * activation.slope(y), normal, rstd, scale, shape.width, HP, OPTIONS.LAYER_NORM)
+            a = affine_backward(grad * activation.slope(y), normal, rstd, scale, width, HP, OPTIONS.LAYER_NORM)
         else:
             a = activation.apply(y)
     a = tl.permute(tl.reshape(a.to(w.dtype), [BLOCK_M, SPLIT, PART]), [1, 0, 2])

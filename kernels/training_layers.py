@@ -21,7 +21,7 @@ from .activations import Activation
 from .arguments import Net, Shape, tensor_of
 from .packing import MIN_DOT, PackedMLP
 from .product import release, wait
-from .rows import affine, affine_backward, store_sums
+from .rows import affine, affine_backward, scale_and_shift, store_sums, width_of
 
 MIN_DOT_COLUMNS = tl.constexpr(MIN_DOT)  # of the time, padded
 
@@ -246,12 +246,13 @@ def head_kernel(
     offs = (member * sizes.rows + safe_m)[:, None] * HP + offs_h[None, :]  # [ROWS, HP]
     row = member * sizes.batch + offs_m  # [ROWS] of the outputs
     part = block.to(tl.int64) * tl.num_programs(1) + member
-    vector_ptr = net.vectors + member * sizes.depth * (3 * HP)
+    width = width_of(shape, OPTIONS)
+    scale, shift = scale_and_shift(net.vectors + member * sizes.depth * (3 * HP), HP, LAYER_NORM)
     head_ptrs = net.head + member * (HP * OP) + offs_h * OP
     wait(OPTIONS.PDL)
     z = tl.load(z_ptr + offs)
     release(OPTIONS.PDL)
-    y, normal, rstd, scale = affine(z, vector_ptr, shape.width, HP, LAYER_NORM)
+    y, normal, rstd = affine(z, scale, shift, width, LAYER_NORM)
     h = activation.apply(y)
     if CONSTANTS.FORWARD:
         tl.store(outputs.h + offs, h.to(outputs.h.dtype.element_ty), mask=in_rows[:, None])
@@ -294,7 +295,7 @@ def head_kernel(
         tl.store(outputs.losses + part * 4 + 2, tl.sum(target_sum, axis=0))
     if CONSTANTS.BACKWARD:
         dy = grad * activation.slope(y)
-        dz = affine_backward(dy, normal, rstd, scale, shape.width, HP, LAYER_NORM)
+        dz = affine_backward(dy, normal, rstd, scale, width, HP, LAYER_NORM)
         tl.store(outputs.dz + offs, dz.to(outputs.dz.dtype.element_ty), mask=in_rows[:, None])
         store_sums(dz, dy, normal, outputs.sums + part * sizes.depth * (3 * HP), HP, LAYER_NORM)
 

@@ -60,7 +60,8 @@ class Network:
         self.extents = extents_of(layout, self.size, mlp.dtype)
         self.last = mlp.depth - 1
         pdl = launch.programmatic(self.device)
-        self.options = Options(mlp.padded_width, mlp.action.shape[1], layout.layer_norm, self.precision, pdl)
+        whole = min(layout.widths) == mlp.padded_width
+        self.options = Options(mlp.padded_width, mlp.action.shape[1], layout.layer_norm, self.precision, pdl, whole)
 
     def sizes(self, counters: int = 0) -> Sizes:
         """Of the batch and the network."""
