@@ -47,7 +47,7 @@ def scale_and_shift(vector_ptr: tl.tensor, HP: tl.constexpr, LAYER_NORM: tl.cons
 
 @triton.jit
 def affine(z: tl.tensor, scale: tl.tensor, shift: tl.tensor, width: tl.tensor, LAYER_NORM: tl.constexpr) -> tl.tensor:
-    """What the activation is applied to, y [ROWS, HP], of z [ROWS, HP] float32; normalised rows and 1 / std [ROWS, 1]."""
+    """What the activation is applied to, y [ROWS, HP], of float32 z; normalised rows, and 1 / std [ROWS, 1]."""
     y = z
     normal = z
     rstd = tl.zeros([z.shape[0], 1], tl.float32)
