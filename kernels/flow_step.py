@@ -83,66 +83,6 @@ def score_of(
 
 
 @triton.jit
-def move(
-    particles: Particles,
-    grad_ptr: tl.tensor,  # to the state's gradients by the first member
-    grad_offs: tl.tensor,  # [BLOCK_N] of ``gradient_rows``
-    state: tl.tensor,
-    weights: tl.tuple,  # of the particle kernel, and what else ``particle_weights`` returns
-    shape: Shape,
-    step: Step,
-    kernel: ParticleKernel,
-    OPTIMIZER: tl.constexpr,
-    RP: tl.constexpr,
-    FLOW: tl.constexpr,
-    PAIRS: tl.constexpr,
-) -> None:
-    """Direction of the state's particles; unless it is what is asked for, optimiser and clip."""
-    kernel_tile, gamma, factor, row_a, column_a, row_b, column_b = weights
-    BLOCK_N: tl.constexpr = PAIRS.block_n
-    BLOCK_C: tl.constexpr = PAIRS.block_c
-    N = shape.particles
-    A = shape.action_dim
-    place = state * N * A
-    offs_n = tl.arange(0, BLOCK_N)
-    in_n = offs_n < N
-    # Padding reads the last particle or column again: its kernel entries are zero and it is not stored.
-    offs_x = tl.minimum(offs_n, N - 1) * A
-    old_ptr = particles.old + place
-    for first in range(0, A, BLOCK_C):
-        offs_c = first + tl.arange(0, BLOCK_C)
-        safe_c = tl.minimum(offs_c, A - 1)
-        safe = offs_x[:, None] + safe_c[None, :]
-        is_real = in_n[:, None] & (offs_c < A)[None, :]
-        x = tl.load(old_ptr + safe).to(tl.float32)  # [BLOCK_N, BLOCK_C]
-        score = score_of(grad_ptr, grad_offs, safe_c, shape, RP, FLOW.MINIMUM)
-        phi = direction(kernel_tile, gamma, x, score, step.inverse_temperature, kernel, FLOW.REPULSION, PAIRS.paired)
-        if FLOW.BANDWIDTH_GRADIENT:
-            phi += bandwidth_term(x, old_ptr + column_a * A, safe_c, row_a, factor, BLOCK_N)
-            phi += bandwidth_term(x, old_ptr + column_b * A, safe_c, row_b, factor, BLOCK_N)
-        phi = phi / tensor_of(N).to(tl.float32)
-        offs = offs_n[:, None] * A + offs_c[None, :]
-        if FLOW.PART == "direction":
-            tl.store(particles.new + place + offs, phi, mask=is_real)
-        else:
-            m = phi
-            v = phi
-            if FLOW.MOMENTS:
-                # Zero before the first step, and not read there.
-                has_moments = (offs_n < tl.where(step.number > 1.0, N, 0))[:, None] & (offs_c < A)[None, :]
-                m = tl.load(particles.first_moment + place + offs, mask=has_moments, other=0.0)
-                v = tl.load(particles.second_moment + place + offs, mask=has_moments, other=0.0)
-            m, v, change = OPTIMIZER(phi, m, v, step.v_correction)
-            if FLOW.MOMENTS:
-                tl.store(particles.first_moment + place + offs, m, mask=is_real)
-                tl.store(particles.second_moment + place + offs, v, mask=is_real)
-            x = tl.clamp(x + step.step_size * change, step.low, step.high, propagate_nan=tl.PropagateNan.ALL)
-            # Every thread has read these columns of every particle before any is overwritten.
-            tl.debug_barrier()
-            tl.store(particles.new + place + offs, x, mask=is_real)
-
-
-@triton.jit
 def end(
     particles: Particles,
     q_ptr: tl.tensor,
@@ -208,7 +148,7 @@ def flow_step_kernel(
         N = tensor_of(shape.particles)
         A = tensor_of(shape.action_dim)
         offs_n = tl.arange(0, BLOCK_N)
-        # Padding reads the last particle again: it is not stored, and its kernel entries are zero.
+        # Padding reads the last particle or column again: it is not stored, and its kernel entries are zero.
         safe_n = tl.minimum(offs_n, N - 1)
         if FLOW.PART != "score":
             # Particles are older than the kernel before this one: distances and their median need not wait for it.
@@ -218,7 +158,9 @@ def flow_step_kernel(
             scratch_ptr = particles.scratch
             if scratch_ptr is not None:
                 scratch_ptr += state * (BLOCK_N * BLOCK_N)
-            weights = particle_weights(distances, scratch_ptr, N, step.log_n1, kernel, BLOCK_N, FLOW.BANDWIDTH_GRADIENT)
+            weights, gamma, factor, row_a, column_a, row_b, column_b = particle_weights(
+                distances, scratch_ptr, N, step.log_n1, kernel, BLOCK_N, FLOW.BANDWIDTH_GRADIENT
+            )
         wait(PDL)
         release(PDL)
         grad_ptr += state * N * RP
@@ -230,7 +172,43 @@ def flow_step_kernel(
                 score_ptrs = particles.new + state * N * A + (offs_n[:, None] * A + offs_c[None, :])
                 tl.store(score_ptrs, score, mask=(offs_n < N)[:, None] & (offs_c < A)[None, :])
         else:
-            move(particles, grad_ptr, grad_offs, state, weights, shape, step, kernel, OPTIMIZER, RP, FLOW, PAIRS)
+            place = state * N * A
+            in_n = offs_n < N
+            offs_x = safe_n * A
+            old_ptr = particles.old + place
+            for first in range(0, A, BLOCK_C):
+                offs_c = first + tl.arange(0, BLOCK_C)
+                safe_c = tl.minimum(offs_c, A - 1)
+                safe = offs_x[:, None] + safe_c[None, :]
+                is_real = in_n[:, None] & (offs_c < A)[None, :]
+                x = tl.load(old_ptr + safe).to(tl.float32)  # [BLOCK_N, BLOCK_C]
+                score = score_of(grad_ptr, grad_offs, safe_c, shape, RP, FLOW.MINIMUM)
+                phi = direction(
+                    weights, gamma, x, score, step.inverse_temperature, kernel, FLOW.REPULSION, PAIRS.paired
+                )
+                if FLOW.BANDWIDTH_GRADIENT:
+                    phi += bandwidth_term(x, old_ptr + column_a * A, safe_c, row_a, factor, BLOCK_N)
+                    phi += bandwidth_term(x, old_ptr + column_b * A, safe_c, row_b, factor, BLOCK_N)
+                phi = phi / N.to(tl.float32)
+                offs = offs_n[:, None] * A + offs_c[None, :]
+                if FLOW.PART == "direction":
+                    tl.store(particles.new + place + offs, phi, mask=is_real)
+                else:
+                    m = phi
+                    v = phi
+                    if FLOW.MOMENTS:
+                        # Zero before the first step, and not read there.
+                        has_moments = (offs_n < tl.where(step.number > 1.0, N, 0))[:, None] & (offs_c < A)[None, :]
+                        m = tl.load(particles.first_moment + place + offs, mask=has_moments, other=0.0)
+                        v = tl.load(particles.second_moment + place + offs, mask=has_moments, other=0.0)
+                    m, v, change = OPTIMIZER(phi, m, v, step.v_correction)
+                    if FLOW.MOMENTS:
+                        tl.store(particles.first_moment + place + offs, m, mask=is_real)
+                        tl.store(particles.second_moment + place + offs, v, mask=is_real)
+                    x = tl.clamp(x + step.step_size * change, step.low, step.high, propagate_nan=tl.PropagateNan.ALL)
+                    # Every thread has read these columns of every particle before any is overwritten.
+                    tl.debug_barrier()
+                    tl.store(particles.new + place + offs, x, mask=is_real)
 
 
 # --- launcher --------------------------------------------------------------------------------------------------------
