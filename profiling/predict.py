@@ -73,12 +73,12 @@ class Work(NamedTuple):
 
 def _recorded(function: Callable[[], object]) -> list[Launch]:
     from vgf_fast.backends import choice
-    from vgf_fast.backends import triton as triton_backend
+    from vgf_fast.backends.triton import TritonBackend
 
     with (
         resources.recorded(TARGET) as recorded,
         mock.patch.object(choice, "_kernel_obstacle", return_value=None),
-        mock.patch.object(triton_backend, "runs", return_value=True),
+        mock.patch.object(choice, "bound", lambda policy, dtype: TritonBackend(dtype)),
     ):
         function()
     return recorded

@@ -146,6 +146,14 @@ def test_a_traced_function_leaves_autocast():
         assert torch.equal(traced(x, score, 0.1), right)
 
 
+def test_traced_acting_reads_no_memory_of_what_stands_for_tensors():
+    policy = vgf.VGFPolicy(vgf.VGFConfig(**SIZES))
+    random = torch.Generator("cpu").manual_seed(0)
+    states, noise = torch.randn(2, 5, generator=random), torch.randn(2, 6, 3, generator=random)
+    traced = torch.compile(lambda states: policy.sample_actions(states, noise=noise), backend="eager")
+    torch.testing.assert_close(traced(states), policy.sample_actions(states, noise=noise), rtol=1e-4, atol=1e-5)
+
+
 # --- tensors made ----------------------------------------------------------------------------------------------------
 
 WITH_DTYPE = {"empty", "zeros", "ones", "full", "rand", "randn", "linspace", "logspace", "eye", "tensor", "from_file"}

@@ -17,6 +17,7 @@ import yaml
 
 from vgf_fast import cli
 from vgf_fast.backends import native
+from vgf_fast.backends import torch as torch_backend
 from vgf_fast.cli import main
 from vgf_fast.common import checkpoints
 
@@ -226,7 +227,7 @@ def test_a_signal_saves_and_the_run_goes_on(data, finished, tmp_path, monkeypatc
         return original(*arguments, **options)
 
     owner, method, at = {
-        "update": (vgf.Learner, "_behavior_loss", 7),
+        "update": (torch_backend, "behavior_loss", 7),
         "evaluation": (Simulator, "step", 13),
         "log": (CsvLog, "write", 3),
     }[place]

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vgf_fast import batches, functional, loop, reference
+from vgf_fast import batches, loop, reference
 from vgf_fast.backends import graphs
-from vgf_fast.backends import torch as torch_backend
-from vgf_fast.backends import triton as fused
+from vgf_fast.backends.choice import PolicyBackend
 from vgf_fast.backends.graphs import GraphCache, addresses
+from vgf_fast.backends.triton import Packed, TritonBackend
 from vgf_fast.batches import BATCH_FIELDS
 from vgf_fast.checks import results_left
 from vgf_fast.common import checkpoints
@@ -30,7 +30,6 @@ from vgf_fast.kernels import ranges
 from vgf_fast.loop import LOSSES, Duty, check_losses
 from vgf_fast.networks import VelocityField
 from vgf_fast.policy import VGFPolicy
-from vgf_fast.reference import MLPWeights
 
 if TYPE_CHECKING:
     from vgf_fast.data.dataset import Dataset
@@ -141,68 +140,28 @@ class Learner:
     @torch.enable_grad()
     def _update(self, data: dict[str, Tensor], draws: dict[str, Tensor]) -> dict[str, Tensor]:
         """One update from checked tensors; on the Triton backend nothing in it waits for the device."""
+        policy, config, backend = self.policy, self.config, self._backend()
         with ranges.span("vgf/update"), results_left():
-            if fused.runs(self.policy, self._compute_dtype()):
-                return self._kernel_update(data, draws)
-            return self._torch_update(data, draws)
+            weights = backend.weights(policy, target=True)
+            drawn = backend.draw(policy, weights.behavior, data["next_observations"], draws["particles"])
+            aim = backend.td_target(policy, weights, data, drawn, config)
+            if isinstance(backend, TritonBackend) and self._fuses_optimizer():
+                critic_metrics = self._critic_step(backend, weights.critic, data, aim.target)
+                metrics = _losses(critic_metrics, self._behavior_step(backend, weights.behavior, data, draws))
+            else:
+                losses, q = backend.losses(policy, weights, data, draws, aim.target, config)
+                metrics = self._plain_step(losses, q, aim.target)
+            return metrics | _particle_metrics(drawn, aim.moved)
 
-    def _torch_update(self, data: dict[str, Tensor], draws: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The update in PyTorch."""
-        policy, config = self.policy, self.config
-        critic, target_critic, behavior = (
-            self._compute_weights(module.stacked()) for module in (policy.critic, policy.target_critic, policy.behavior)
-        )
-        states = data["next_observations"]
-        drawn = policy.draw_particles(states, draws["particles"], behavior.detach())
-        field = None if policy.score_field is None else self._compute_weights(policy.score_field.stacked())
-        moved = policy.flow_particles(
-            *(states, drawn, policy.config.train_budget, critic.detach()), evaluate=False, field=field, per_state=False
-        )
-        with ranges.span("vgf/values"):
-            at_states = torch_backend.critic_at_states(target_critic, states, drawn.shape[1], backward=False)
-            next_q = at_states.values(moved.particles)
-        with ranges.span("vgf/td_target"):
-            target = functional.td_target(
-                next_q,
-                data["rewards"],
-                data["masks"],
-                config.discount,
-                policy.config.target_q_aggregation,
-                config.target_reduce,
-                backend=policy.backend,
-            )
-        with ranges.span("vgf/td_loss"):
-            q = reference.member_values(critic, data["observations"], data["actions"])
-            critic_loss = reference.critic_loss(config.critic_loss, q, target, config.expectile)
-        with ranges.span("vgf/behavior_loss"):
-            losses = {"critic": critic_loss, "behavior": self._behavior_loss(behavior, data, draws)}
-        if field is not None:
-            with ranges.span("vgf/score_loss"):
-                inputs = torch.cat([data["observations"], data["actions"]], dim=-1)
-                prediction = reference.mlp_forward(field, inputs).squeeze(0).to(inputs.dtype)
-                losses["score"] = reference.score_field_loss(prediction, self._scores(critic, data))
-        return self._plain_step(losses, q, target) | _particle_metrics(drawn, moved.particles)
+    def _critic_step(
+        self, backend: TritonBackend, packed: PackedMLP, data: dict[str, Tensor], target: Tensor
+    ) -> Tensor:
+        return backend.td_step(self.policy, packed, data, target, self._optimizers["critic"], self.config)
 
-    def _scores(self, critic: MLPWeights, data: dict[str, Tensor]) -> Tensor:
-        """What the score field learns [B, A]: the critic's scores at the data's actions, as it was before its step."""
-        actions = data["actions"].unsqueeze(1)
-        _, score = functional.critic_value_and_score(
-            critic, data["observations"], actions, "mean", backend=self.policy.backend
-        )
-        return reference.score_target(score.squeeze(1), self.config.normalize_score)
-
-    def _kernel_update(self, data: dict[str, Tensor], draws: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The update in Triton kernels."""
-        policy, config = self.policy, self.config
-        packed = fused.pack(policy, self._compute_dtype(), target=True)
-        drawn = fused.draw_particles(policy, packed.behavior, data["next_observations"], draws["particles"])
-        found = fused.td_target(policy, packed, data, drawn, config.discount, config.target_reduce)
-        if self._fuses_optimizer():
-            critic_metrics = self._critic_step(packed.critic, data, found.target)
-            losses = _losses(critic_metrics, self._behavior_step(packed.behavior, data, draws))
-        else:
-            losses = self._plain_step(*self._kernel_losses(data, draws, found.target), found.target)
-        return losses | _particle_metrics(drawn, found.moved)
+    def _behavior_step(
+        self, backend: TritonBackend, packed: PackedMLP | None, data: dict[str, Tensor], draws: dict[str, Tensor]
+    ) -> Tensor:
+        return backend.behavior_step(self.policy, packed, data, draws, self._optimizers["behavior"])
 
     @torch.no_grad()
     def _pipelined(self, draw: Callable[[], Drawn], count: int) -> dict[str, Tensor]:
@@ -212,18 +171,19 @@ class Learner:
         it, the flow that draws the next batch's particles: it never sees the critic. ``draw`` draws the batches in
         their order, and none is left over at the end.
         """
-        policy, config, dtype = self.policy, self.config, self._compute_dtype()
+        policy, config, backend = self.policy, self.config, self._backend()
         field = policy.behavior
         assert isinstance(field, VelocityField)
+        assert isinstance(backend, TritonBackend)
 
         def begin() -> _Begun:
             data, draws = draw()
-            (behavior,) = fused.pack_networks([field], dtype)
-            particles = fused.draw_particles(policy, behavior, data["next_observations"], draws["particles"])
+            (behavior,) = backend.pack([field])
+            particles = backend.draw(policy, behavior, data["next_observations"], draws["particles"])
             return _Begun(data, draws, behavior, particles)
 
         def go_on(now: _Begun, is_last: bool) -> tuple[Tensor, _Begun | None]:
-            return self._behavior_step(now.behavior, now.data, now.draws), None if is_last else begin()
+            return self._behavior_step(backend, now.behavior, now.data, now.draws), None if is_last else begin()
 
         following: _Begun | None = begin()
         for number in range(1, count + 1):
@@ -232,11 +192,10 @@ class Learner:
             assert now is not None
             with ranges.span("vgf/update"):
                 join = graphs.fork(policy.device, functools.partial(go_on, now, number == count))
-                critic, target = fused.pack_networks([policy.critic, policy.target_critic], dtype)
-                packed = fused.Packed(critic, None, target)
-                found = fused.td_target(policy, packed, now.data, now.particles, config.discount, config.target_reduce)
-                critic_metrics = self._critic_step(critic, now.data, found.target)
-                particle_metrics = _particle_metrics(now.particles, found.moved)
+                critic, target = backend.pack([policy.critic, policy.target_critic])
+                aim = backend.td_target(policy, Packed(critic, None, target), now.data, now.particles, config)
+                critic_metrics = self._critic_step(backend, critic, now.data, aim.target)
+                particle_metrics = _particle_metrics(now.particles, aim.moved)
                 behavior_loss, following = join()
         return _losses(critic_metrics, behavior_loss) | particle_metrics
 
@@ -279,94 +238,12 @@ class Learner:
             for one in gradients:
                 one.mul_(factor)
 
-    def _kernel_losses(
-        self, data: dict[str, Tensor], draws: dict[str, Tensor], target: Tensor
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """The losses by network, differentiable, and the critic's values [E, B]."""
-        from vgf_fast.kernels import training
-
-        states, actions = data["observations"], data["actions"]
-        loss, weight = self._kernel_loss()
-        dtype = self._compute_dtype()
-        with ranges.span("vgf/td_loss"):
-            critic_loss, q = training.mlp_loss(
-                fused.stack(self.policy.critic), states, actions, target.unsqueeze(1), loss, weight, dtype=dtype
-            )
-        with ranges.span("vgf/behavior_loss"):
-            if isinstance(self.policy.behavior, VelocityField):
-                x, velocity = reference.flow_matching_inputs(actions, draws["bc_x0"], draws["bc_t"])
-                stack, time = fused.stack(self.policy.behavior), draws["bc_t"]
-                behavior_loss, _ = training.mlp_loss(stack, states, x, velocity, time=time, dtype=dtype)
-            else:
-                behavior_loss = self._behavior_loss(self._compute_weights(self.policy.behavior.stacked()), data, draws)
-        losses = {"critic": critic_loss, "behavior": behavior_loss}
-        if self.policy.score_field is not None:
-            scores = self._scores(self.policy.critic.stacked(), data)
-            with ranges.span("vgf/score_loss"):
-                field = fused.stack(self.policy.score_field)
-                losses["score"] = training.mlp_loss(field, states, actions, scores, dtype=dtype)[0]
-        return losses, q.squeeze(2)
-
-    @torch.no_grad()
-    def _critic_step(self, packed: PackedMLP, data: dict[str, Tensor], target: Tensor) -> Tensor:
-        """The critic's step of Adam, and the target critic's, in kernels: loss, mean value and mean target [3]."""
-        from vgf_fast.kernels.training import Batch, training_step_
-
-        policy, config = self.policy, self.config
-        with ranges.span("vgf/td_loss"):
-            return training_step_(
-                fused.stack(policy.critic),
-                packed,
-                Batch(data["observations"], data["actions"], target=target.unsqueeze(1)),
-                self._optimizers["critic"],
-                *self._kernel_loss(),
-                fused.stack(policy.target_critic).parameters,
-                config.tau,
-            )
-
-    @torch.no_grad()
-    def _behavior_step(self, packed: PackedMLP | None, data: dict[str, Tensor], draws: dict[str, Tensor]) -> Tensor:
-        """The behaviour model's step of Adam, in kernels where it is a flow; returns its loss."""
-        from vgf_fast.kernels.training import Batch, training_step_
-
-        behavior = self.policy.behavior
-        with ranges.span("vgf/behavior_loss"):
-            if not isinstance(behavior, VelocityField):
-                return self._torch_behavior_step(data, draws)
-            assert packed is not None
-            batch = Batch(data["observations"], data["actions"], draws["bc_t"], draws["bc_x0"])
-            return training_step_(fused.stack(behavior), packed, batch, self._optimizers["behavior"])[0]
-
-    @torch.enable_grad()
-    def _torch_behavior_step(self, data: dict[str, Tensor], draws: dict[str, Tensor]) -> Tensor:
-        """The behaviour model's step of Adam in PyTorch; returns its loss."""
-        optimizer = self._optimizers["behavior"]
-        loss = self._behavior_loss(self._compute_weights(self.policy.behavior.stacked()), data, draws)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    def _kernel_loss(self) -> tuple[str, float]:
-        """The critic's loss by the kernels' name, and its weight."""
-        name = "squared" if self.config.critic_loss == "td" else self.config.critic_loss
-        return name, self.config.expectile
-
     def _compute_dtype(self) -> torch.dtype:
-        """Dtype of the operands of matrix products in the kernels."""
+        """Dtype of the operands of matrix products."""
         return torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
 
-    def _compute_weights(self, weights: MLPWeights) -> MLPWeights:
-        return weights.to(torch.bfloat16) if self.config.precision == "bfloat16" else weights
-
-    def _behavior_loss(self, weights: MLPWeights, data: dict[str, Tensor], draws: dict[str, Tensor]) -> Tensor:
-        behavior = self.policy.behavior
-        if isinstance(behavior, VelocityField):
-            x, velocity = reference.flow_matching_inputs(data["actions"], draws["bc_x0"], draws["bc_t"])
-            inputs = torch.cat([data["observations"], x, draws["bc_t"]], dim=-1)
-            return reference.flow_matching_loss(reference.mlp_forward(weights, inputs).squeeze(0).to(x.dtype), velocity)
-        mean = reference.mlp_forward(weights, data["observations"]).squeeze(0).to(data["actions"].dtype)
-        return -reference.gaussian_log_likelihood(mean, behavior.log_std, data["actions"], behavior.tanh).mean()
+    def _backend(self) -> PolicyBackend:
+        return self.policy.bound(self._compute_dtype())
 
     def _batch(self, batch: Mapping[str, Any], check: bool) -> dict[str, Tensor]:
         return batches.checked_batch(self.policy, batch, check)
@@ -607,7 +484,7 @@ class Learner:
             and self.policy.device.type == "cuda"
             and self._fuses_optimizer()
             and self.policy.config.behavior == "flow"
-            and fused.runs(self.policy, self._compute_dtype())
+            and isinstance(self._backend(), TritonBackend)
         )
 
     # --- checkpoints ------------------------------------------------------------------------------------------------

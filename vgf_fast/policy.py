@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from vgf_fast import functional, reference
-from vgf_fast.backends import graphs
+from vgf_fast.backends import choice as backends
 from vgf_fast.backends import torch as torch_backend
-from vgf_fast.backends import triton as fused
 from vgf_fast.backends.graphs import GraphCache
 from vgf_fast.checks import check_finite
 from vgf_fast.common import checkpoints, memory
@@ -33,9 +32,11 @@ from vgf_fast.kernels import ranges
 from vgf_fast.networks import VelocityField, networks_of
 from vgf_fast.reference import FlowResult, MLPWeights
 
+if TYPE_CHECKING:
+    from vgf_fast.backends.choice import PolicyBackend
+
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-MAX_GRAPH_STATES = 4096  # of a CUDA graph for acting; larger batches keep the GPU busy without
 
 
 class VGFPolicy(nn.Module):
@@ -69,13 +70,14 @@ class VGFPolicy(nn.Module):
         self.cuda_graph = cuda_graph
         self.one_launch = one_launch
         self._graphs = GraphCache("acting")
+        self._bound: dict[Hashable, PolicyBackend] = {}
         networks = networks_of(config, torch.Generator("cpu").manual_seed(self.seed))
         self.critic, self.target_critic, self.behavior, self.score_field = networks
         self._generator: torch.Generator | None = None
         self._generator_state: GeneratorState | None = None  # of the generator that is yet to be made
         if device is not None:
             self.to(device_of(device))
-        fused.runs(self, self.dtype)
+        self.bound(self.dtype)
 
     # --- what a caller may ask --------------------------------------------------------------------------------------
 
@@ -93,6 +95,17 @@ class VGFPolicy(nn.Module):
     def particle_dtype(self) -> torch.dtype:
         """Dtype of particles and actions: float32, or float64 when the weights are."""
         return torch.promote_types(self.dtype, torch.float32)
+
+    def bound(self, dtype: torch.dtype) -> PolicyBackend:
+        """The backend that computes for the policy where it is now, with products of operands of ``dtype``.
+
+        It is chosen once for a device and a ``backend``. Raises ``ValueError`` naming the limit where that is "triton"
+        and its kernels cannot run.
+        """
+        key = (self.backend, self.device, self.dtype, dtype)
+        if key not in self._bound:
+            self._bound[key] = backends.bound(self, dtype)
+        return self._bound[key]
 
     @property
     def generator(self) -> torch.Generator:
@@ -161,51 +174,10 @@ class VGFPolicy(nn.Module):
         selection = self.config.selection if selection is None else choice("selection", selection, get_args(Selection))
         start = self._noise(noise, len(states), single, generator)
         with ranges.span("vgf/act"):
-            if fused.runs(self, self.dtype):
-                action = self._act_in_kernels(states, start, budget, selection, generator)
-            else:
-                action = self._act(states, start, budget, selection, generator)
-        return action.squeeze(0) if single else action
-
-    def _act(
-        self, states: Tensor, noise: Tensor, budget: TransportBudget, selection: str, generator: torch.Generator
-    ) -> Tensor:
-        result = self.flow_particles(states, self.draw_particles(states, noise), budget)
-        assert result.q is not None
-        with ranges.span("vgf/select"):
-            action, _ = functional.select_particle(
-                result.particles,
-                reference.aggregate(result.q, self.config.target_q_aggregation),
-                selection,
-                self.config.selection_temperature,
-                generator,
-                backend=self.backend,
+            action = self.bound(self.dtype).act(
+                self, states, start, budget, selection, generator, self._graphs if self._can_capture() else None
             )
-        return action
-
-    def _act_in_kernels(
-        self, states: Tensor, noise: Tensor, budget: TransportBudget, selection: str, generator: torch.Generator
-    ) -> Tensor:
-        uniform = None
-        if selection != "max":
-            with ranges.span("vgf/noise"):
-                uniform = torch.rand(len(states), device=self.device, dtype=torch.float32, generator=generator)
-        inputs = (states, noise) if uniform is None else (states, noise, uniform)
-
-        def act(*tensors: Tensor) -> tuple[Tensor, ...]:
-            states, noise, *drawn = tensors
-            uniform = drawn[0] if drawn else None
-            return (fused.act(self, states, noise, budget, selection, uniform, self.one_launch),)
-
-        batch = len(states)
-        bucket = 1 << (batch - 1).bit_length()
-        if bucket > MAX_GRAPH_STATES or not self._can_capture():
-            return act(*inputs)[0]
-        key = (
-            *(bucket, budget, selection, states.dtype, self.config, self.one_launch),
-            graphs.addresses(list(self.parameters())),
-        )
-        return self._graphs.run(key, act, inputs, rows=bucket)[0][:batch]
+        return action.squeeze(0) if single else action
 
     def _can_capture(self) -> bool:
         return self.cuda_graph and self.device.type == "cuda"
@@ -293,10 +265,7 @@ class VGFPolicy(nn.Module):
             if isinstance(behavior, VelocityField):
                 steps = self.config.behavior_steps
                 return functional.behavior_flow(weights or behavior, observations, noise, steps, backend=self.backend)
-            mean = (
-                reference.mlp_forward((weights or behavior.stacked()).detach(), observations).squeeze(0).to(noise.dtype)
-            )
-            return reference.gaussian_sample(mean, behavior.log_std.detach().to(noise.dtype), noise, behavior.tanh)
+            return torch_backend.gaussian_particles(behavior, weights or behavior.stacked(), observations, noise)
 
     @neutral
     def flow_particles(

@@ -10,18 +10,23 @@ import functools
 import importlib.util
 import logging
 import os
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from vgf_fast.backends import torch as torch_backend
+from vgf_fast.backends.torch import TorchBackend
 from vgf_fast.checks import check_weights
 from vgf_fast.common.ambient import neutral
 from vgf_fast.reference import FlowResult, MLPWeights
 
 if TYPE_CHECKING:
+    from vgf_fast.backends.graphs import GraphCache
+    from vgf_fast.backends.torch import Target
+    from vgf_fast.config import TrainConfig, TransportBudget
     from vgf_fast.kernels.packing import PackedMLP
+    from vgf_fast.policy import VGFPolicy
 
 Backend = Literal["auto", "triton", "torch"]
 MAX_KERNEL_PARTICLES = 128
@@ -133,6 +138,61 @@ def _pack(name: str, mlp: MLPWeights, observation_dim: int, action_dim: int) -> 
     if mlp.weights[0].device.type == "cpu":
         check_weights(name, mlp)
     return pack(*mlp, observation_dim, action_dim, mlp.weights[0].dtype)
+
+
+class PolicyBackend(Protocol):
+    """What a backend does for a policy."""
+
+    def weights(self, policy: VGFPolicy, target: bool = False) -> Any:
+        """The networks as they are now and as the backend takes them, the target critic among them if asked."""
+
+    def draw(self, policy: VGFPolicy, behavior: Any, observations: Tensor, noise: Tensor) -> Tensor:
+        """Particles of the behaviour model's weights: observations [B, O], noise [B, N, A] -> [B, N, A]."""
+
+    def act(
+        self,
+        policy: VGFPolicy,
+        observations: Tensor,
+        noise: Tensor,
+        budget: TransportBudget,
+        selection: str,
+        generator: torch.Generator,
+        recordings: GraphCache | None = None,
+    ) -> Tensor:
+        """Actions [B, A] at observations [B, O] from noise [B, N, A]; ``recordings`` may be replayed."""
+
+    def td_target(
+        self, policy: VGFPolicy, weights: Any, data: dict[str, Tensor], drawn: Tensor, config: TrainConfig
+    ) -> Target:
+        """Particles ``drawn`` at the next states, moved by the critic in the training budget, valued by the target."""
+
+    def losses(
+        self,
+        policy: VGFPolicy,
+        weights: Any,
+        data: dict[str, Tensor],
+        draws: dict[str, Tensor],
+        target: Tensor,
+        config: TrainConfig,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses by network, differentiable, and the critic's values [E, B]."""
+
+
+def bound(policy: VGFPolicy, dtype: torch.dtype) -> PolicyBackend:
+    """The backend of a policy where it is now, with products of operands of ``dtype``.
+
+    Raises ``ValueError`` naming the limit where ``policy.backend`` is "triton" and its kernels cannot run. In the
+    interpreter, where products of bfloat16 are wrong, they are PyTorch's.
+    """
+    from vgf_fast.backends.triton import TritonBackend
+
+    config = policy.config
+    width = max(*config.hidden_dims, *config.behavior_hidden_dims)
+    chosen = resolve_backend(
+        policy.backend, policy.device, config.particles, config.action_dim, policy.particle_dtype, width
+    )
+    runs_kernels = chosen == "triton" and (policy.device.type == "cuda" or dtype == torch.float32)
+    return TritonBackend(dtype) if runs_kernels else TorchBackend(dtype)
 
 
 # --- the operations --------------------------------------------------------------------------------------------------

@@ -68,6 +68,8 @@ def check_generator(generator: Any, device: torch.device) -> None:
 
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether a tensor has numbers: False for what transforms and traces of PyTorch put in a tensor's place."""
+    if torch.compiler.is_compiling():
+        return False
     try:
         return tensor.data_ptr() != 0
     except RuntimeError:
