@@ -16,6 +16,7 @@ from tolerances import BOUNDS, within_twice
 from vgf_fast import VGFConfig, VGFPolicy, reference
 from vgf_fast.backends import native
 from vgf_fast.backends import torch as torch_backend
+from vgf_fast.flow import Flow
 
 F32 = torch.float32
 pytestmark = pytest.mark.skipif(
@@ -262,7 +263,7 @@ def draw(states, particles, action_dim, seed, clumps=0):
 
 
 def moved(x, score, mode, optimizer="adam", step_size=0.1, temperature=0.3, steps=1):
-    flow = native.FlowSteps(x.clone(), step_size, temperature, *mode[:2], optimizer, mode[2])
+    flow = native.FlowSteps(x.clone(), Flow(step_size, temperature, "mean", *mode[:2], optimizer, mode[2]))
     for _ in range(steps):
         flow.step(score)
     return flow
@@ -294,7 +295,7 @@ def test_direction(states, particles, action_dim, clumps, mode, temperature, see
 def test_steps_of_particles(states, particles, mode, optimizer):
     """Three steps, each from where the one before ended."""
     x, score = draw(states, particles, 5, 1)
-    flow = native.FlowSteps(x.clone(), 0.05, 0.3, *mode[:2], optimizer, mode[2])
+    flow = native.FlowSteps(x.clone(), Flow(0.05, 0.3, "mean", *mode[:2], optimizer, mode[2]))
     exact, moments = x.double(), [torch.zeros(x.shape, dtype=torch.float64) for _ in range(2)]
     for step in range(1, 4):
         before = flow.x.double()
@@ -346,10 +347,12 @@ def test_a_whole_flow(optimizer):
     module = networks.critic(OBSERVATION_DIM, 3, (32, 32))
     states, particles = networks.states_and_actions(4, 8, OBSERVATION_DIM, 3)
     strided = particles.transpose(0, 1).contiguous().transpose(0, 1)
-    arguments = (3, 0.02, 0.5, "min", False, True, optimizer, True)
-    found = torch_backend.value_gradient_flow(module.stacked(), states, strided, *arguments)
+    arguments = (3, Flow(0.02, 0.5, "min", False, True, optimizer))
+    found = torch_backend.value_gradient_flow(module.stacked(), states, strided, *arguments, return_trajectory=True)
     with native.off():
-        plain = torch_backend.value_gradient_flow(module.stacked(), states, particles, *arguments)
+        plain = torch_backend.value_gradient_flow(
+            module.stacked(), states, particles, *arguments, return_trajectory=True
+        )
     assert torch.equal(strided, particles)
     assert found.trajectory.shape == plain.trajectory.shape == (4, *particles.shape)
     assert (found.particles - plain.particles).abs().median() < 1e-6

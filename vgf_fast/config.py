@@ -12,6 +12,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from vgf_fast.flow import Flow
+
 Activation = Literal["relu", "gelu", "swish"]
 Aggregation = Literal["mean", "min"]
 Behavior = Literal["flow", "gaussian"]
@@ -201,6 +203,18 @@ class VGFConfig:
                 if len(end) != self.action_dim:
                     raise ValueError(f"VGFConfig.{name} has {len(end)} entries, expected {self.action_dim}: action_dim")
                 object.__setattr__(self, name, end)
+
+    def flow(self, budget: TransportBudget) -> Flow:
+        """What a flow step does within a budget."""
+        return Flow(
+            budget.step_size,
+            budget.temperature,
+            self.flow_q_aggregation,
+            self.bandwidth_gradient,
+            self.repulsion,
+            self.particle_optimizer,
+            self.kernel,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict of JSON types; ``VGFConfig.from_dict`` reads it back."""

@@ -24,6 +24,7 @@ from vgf_fast.common import memory
 from vgf_fast.common.ambient import neutral
 from vgf_fast.common.arrays import check_dense, check_generator
 from vgf_fast.config import LARGEST, SMALLEST, TransportBudget, boolean, choice, integer, real
+from vgf_fast.flow import Flow
 from vgf_fast.networks import EnsembleMLP, VelocityField
 from vgf_fast.reference import FlowResult, MLPWeights
 
@@ -321,10 +322,7 @@ def value_gradient_flow(
     snapshots = budget.steps + 1 if return_trajectory else 0
     _check_memory(weights, x, scores=moving, pairs=moving, snapshots=snapshots)
     states, x = _without_graph(flow_gradient, states, x.to(_particle_dtype(x)))
-    options = (
-        states,
-        x,
-        budget.steps,
+    flow = Flow(
         float(budget.step_size),
         float(budget.temperature),
         q_aggregation,
@@ -332,17 +330,17 @@ def value_gradient_flow(
         repulsion,
         optimizer,
         kernel,
-        return_trajectory,
-        evaluate,
-        backend,
     )
+    asked = (return_trajectory, evaluate, backend)
     if not _uses_operator(flow_gradient):
-        result = backends.value_gradient_flow(weights, *options)
+        result = backends.value_gradient_flow(weights, states, x, budget.steps, flow, *asked)
         # Particles that are not finite have no finite values.
         shown = result.particles if result.q is None else result.q
         check_result(shown, ("critic", weights), observations=states, particles=x)
         return result
-    moved, q, trajectory = operators.flow_op(*operators.flat(weights.detach()), *options, flow_gradient)
+    moved, q, trajectory = operators.flow_op(
+        *operators.flat(weights.detach()), states, x, budget.steps, *flow, *asked, flow_gradient
+    )
     return FlowResult(moved, q if evaluate else None, trajectory if return_trajectory else None)
 
 

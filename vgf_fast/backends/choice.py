@@ -19,6 +19,7 @@ from vgf_fast.backends import torch as torch_backend
 from vgf_fast.backends.torch import TorchBackend
 from vgf_fast.checks import check_weights
 from vgf_fast.common.ambient import neutral
+from vgf_fast.flow import Flow
 from vgf_fast.reference import FlowResult, MLPWeights
 
 if TYPE_CHECKING:
@@ -232,24 +233,27 @@ def value_gradient_flow(
     observations: Tensor,
     particles: Tensor,
     steps: int,
-    step_size: float,
-    temperature: float,
-    q_aggregation: str,
-    bandwidth_gradient: bool,
-    repulsion: bool,
-    optimizer: str,
-    kernel: str,
+    flow: Flow,
     return_trajectory: bool,
     evaluate: bool,
     backend: str,
 ) -> FlowResult:
     """The flow of observations [B, O] and particles [B, N, A] in float32 at least."""
-    budget = (steps, step_size, temperature)
-    options = (*budget, q_aggregation, bandwidth_gradient, repulsion, optimizer, return_trajectory, evaluate)
     if not _runs_kernels(backend, critic, particles):
-        return torch_backend.value_gradient_flow(critic, observations, particles, *options, kernel=kernel)
+        return torch_backend.value_gradient_flow(
+            critic, observations, particles, steps, flow, return_trajectory=return_trajectory, evaluate=evaluate
+        )
     from vgf_fast.kernels import sequence
 
     packed = _pack("critic", critic, observations.shape[1], particles.shape[2])
-    result = sequence.value_gradient_flow(packed, observations.detach(), particles.detach(), *options, kernel=kernel)
+    result = sequence.value_gradient_flow(
+        packed,
+        observations.detach(),
+        particles.detach(),
+        steps,
+        *flow[:6],
+        return_trajectory,
+        evaluate,
+        kernel=flow.kernel,
+    )
     return FlowResult(result.particles, result.q, result.trajectory)

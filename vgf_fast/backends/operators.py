@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor
 from vgf_fast import reference
 from vgf_fast.backends import choice
 from vgf_fast.common.ambient import neutral
+from vgf_fast.flow import Flow
 from vgf_fast.reference import ADAM_BETA1, ADAM_BETA2, ADAM_EPS, LAYER_NORM_EPS, MLPWeights, activation
 
 MODES = ("none", "identity", "exact")
@@ -73,52 +74,44 @@ def _euler_step(velocity: MLPWeights, number: int, steps: int, states: Tensor, x
     return x + _perceptrons(velocity, states, torch.cat([x, time], dim=2)).squeeze(0).to(x.dtype) / steps
 
 
-class _Flow(NamedTuple):
-    """How particles are moved."""
+def _direction(flow: Flow, x: Tensor, score: Tensor) -> Tensor:
+    """``reference.svgd_direction`` of particles and score [B, N, A]."""
+    distances = (x.unsqueeze(2) - x.unsqueeze(1)).square().sum(dim=3)
+    bandwidth = reference.median_bandwidth(distances)
+    particle_kernel = reference.PARTICLE_KERNELS[flow.kernel]
+    kernel = particle_kernel.matrix(distances, bandwidth.gamma)
+    attraction = kernel @ score
+    if not flow.repulsion:
+        return attraction / x.shape[1]
+    y = x - x[:, :1]
+    weights, slope = particle_kernel.slope(kernel, bandwidth.gamma)
+    drift = y * weights.sum(dim=2, keepdim=True) - weights @ y
+    phi = attraction / flow.temperature + slope * drift
+    if flow.bandwidth_gradient:
+        phi = phi + reference.bandwidth_term(x, weights, slope, distances, bandwidth)
+    return phi / x.shape[1]
 
-    step_size: float
-    temperature: float
-    q_aggregation: str
-    bandwidth_gradient: bool
-    repulsion: bool
-    optimizer: str
-    kernel: str
 
-    def direction(self, x: Tensor, score: Tensor) -> Tensor:
-        """``reference.svgd_direction`` of particles and score [B, N, A]."""
-        distances = (x.unsqueeze(2) - x.unsqueeze(1)).square().sum(dim=3)
-        bandwidth = reference.median_bandwidth(distances)
-        particle_kernel = reference.PARTICLE_KERNELS[self.kernel]
-        kernel = particle_kernel.matrix(distances, bandwidth.gamma)
-        attraction = kernel @ score
-        if not self.repulsion:
-            return attraction / x.shape[1]
-        y = x - x[:, :1]
-        weights, slope = particle_kernel.slope(kernel, bandwidth.gamma)
-        drift = y * weights.sum(dim=2, keepdim=True) - weights @ y
-        phi = attraction / self.temperature + slope * drift
-        if self.bandwidth_gradient:
-            phi = phi + reference.bandwidth_term(x, weights, slope, distances, bandwidth)
-        return phi / x.shape[1]
+def _step(
+    critic: MLPWeights, flow: Flow, number: int, states: Tensor, x: Tensor, *moments: Tensor
+) -> tuple[Tensor, ...]:
+    """Step ``number``, from 1, of the flow: particles and, with Adam, moments [B, N, A] -> the same, moved."""
+    _, score = _values_and_score(critic, flow.q_aggregation, states, x)
+    phi = _direction(flow, x, score)
+    if not moments:
+        return ((x + flow.step_size * phi).clamp(-1.0, 1.0),)
+    m, v = _moments(phi, *moments)
+    v_hat = v / (1.0 - ADAM_BETA2**number)
+    # The root has no derivative at zero, where the first moment is zero too and the step's derivative is 1 / eps.
+    is_moving = v_hat > 0.0
+    root = v_hat.where(is_moving, 1.0).sqrt().where(is_moving, 0.0)
+    x = x + flow.step_size / (1.0 - ADAM_BETA1**number) * m / (root + ADAM_EPS)
+    return x.clamp(-1.0, 1.0), m, v
 
-    def step(self, critic: MLPWeights, number: int, states: Tensor, x: Tensor, *moments: Tensor) -> tuple[Tensor, ...]:
-        """Step ``number``, from 1, of the flow: particles and, with Adam, moments [B, N, A] -> the same, moved."""
-        _, score = _values_and_score(critic, self.q_aggregation, states, x)
-        phi = self.direction(x, score)
-        if not moments:
-            return ((x + self.step_size * phi).clamp(-1.0, 1.0),)
-        m, v = self.moments(phi, *moments)
-        v_hat = v / (1.0 - ADAM_BETA2**number)
-        # The root has no derivative at zero, where the first moment is zero too and the step's derivative is 1 / eps.
-        is_moving = v_hat > 0.0
-        root = v_hat.where(is_moving, 1.0).sqrt().where(is_moving, 0.0)
-        x = x + self.step_size / (1.0 - ADAM_BETA1**number) * m / (root + ADAM_EPS)
-        return x.clamp(-1.0, 1.0), m, v
 
-    @staticmethod
-    def moments(phi: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adam's moments after one more direction."""
-        return ADAM_BETA1 * m + (1.0 - ADAM_BETA1) * phi, ADAM_BETA2 * v + (1.0 - ADAM_BETA2) * phi.square()
+def _moments(phi: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Adam's moments after one more direction."""
+    return ADAM_BETA1 * m + (1.0 - ADAM_BETA1) * phi, ADAM_BETA2 * v + (1.0 - ADAM_BETA2) * phi.square()
 
 
 # --- vector-Jacobian products ----------------------------------------------------------------------------------------
@@ -141,7 +134,7 @@ def _chunks(mlp: MLPWeights, rest: Tensor) -> Iterator[slice]:
 
 @neutral
 def _flow_pull_back(
-    critic: MLPWeights, flow: _Flow, states: Tensor, trajectory: Tensor, grad_q: Tensor | None, grad: Tensor
+    critic: MLPWeights, flow: Flow, states: Tensor, trajectory: Tensor, grad_q: Tensor | None, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the states [B, O] and the first particles from ``grad`` of all particles [L + 1, B, N, A]."""
     grad_states, grad_x = torch.zeros_like(states), grad[-1]
@@ -157,12 +150,12 @@ def _flow_pull_back(
         moments[0] = (zero, zero)
         for i in range(1, steps):
             x = trajectory[i - 1]
-            phi = flow.direction(x, _values_and_score(critic, flow.q_aggregation, states, x)[1])
-            moments[i] = flow.moments(phi, *moments[i - 1])
+            phi = _direction(flow, x, _values_and_score(critic, flow.q_aggregation, states, x)[1])
+            moments[i] = _moments(phi, *moments[i - 1])
     for number in range(steps, 0, -1):
         i = number - 1
         from_states, grad_x, *rest = _pull_back(
-            partial(flow.step, critic, number), (states, trajectory[i], *moments[i]), (grad_x, *grad_moments)
+            partial(_step, critic, flow, number), (states, trajectory[i], *moments[i]), (grad_x, *grad_moments)
         )
         grad_moments = tuple(rest)
         grad_states = grad_states + from_states
@@ -374,13 +367,7 @@ def flow_op(
         observations,
         particles.contiguous(),
         steps,
-        step_size,
-        temperature,
-        q_aggregation,
-        bandwidth_gradient,
-        repulsion,
-        optimizer,
-        kernel,
+        Flow(step_size, temperature, q_aggregation, bandwidth_gradient, repulsion, optimizer, kernel),
         return_trajectory or flow_gradient == "exact",
         evaluate,
         backend,
@@ -437,7 +424,7 @@ def _flow_backward(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     mlp = _network(parameters, activation)
-    flow = _Flow(step_size, temperature, q_aggregation, bandwidth_gradient, repulsion, optimizer, kernel)
+    flow = Flow(step_size, temperature, q_aggregation, bandwidth_gradient, repulsion, optimizer, kernel)
     grad_observations = observations.new_empty(observations.shape)
     grad_start = trajectory.new_empty(trajectory.shape[1:])
     for part in _chunks(mlp, trajectory[0]):
@@ -460,7 +447,7 @@ def _(
 
 def _flow_setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     particles, _, trajectory = output
-    ctx.mode, ctx.settings = inputs[-1], inputs[5:12]
+    ctx.mode, ctx.flow = inputs[-1], Flow(*inputs[5:12])
     ctx.set_materialize_grads(False)
     _save(ctx, inputs, inputs[2], trajectory if ctx.mode == "exact" else particles)
 
@@ -476,7 +463,7 @@ def _flow_gradient(
         trajectory = trajectory.unsqueeze(0)
         grad_trajectory = None if grad_trajectory is None else grad_trajectory.sum(dim=0, keepdim=True)
     grad_states, grad_x = _flow_backward(
-        parameters, activation, states, trajectory, grad_particles, grad_q, grad_trajectory, *ctx.settings
+        parameters, activation, states, trajectory, grad_particles, grad_q, grad_trajectory, *ctx.flow
     )
     return [None] * len(parameters), None, grad_states if ctx.mode == "exact" else None, grad_x, *[None] * 12
 

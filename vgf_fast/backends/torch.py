@@ -17,6 +17,7 @@ from vgf_fast.backends import blocked, native
 from vgf_fast.backends.graphs import GraphCache
 from vgf_fast.checks import check_range, check_result
 from vgf_fast.config import TrainConfig, TransportBudget
+from vgf_fast.flow import Flow
 from vgf_fast.kernels import ranges
 from vgf_fast.networks import GaussianBehavior, VelocityField
 from vgf_fast.reference import FlowResult, MLPWeights
@@ -51,25 +52,25 @@ def behavior_flow(velocity: MLPWeights, observations: Tensor, noise: Tensor, ste
     return blocked.behavior_flow(laid_out, observations, noise, steps)
 
 
-def _svgd_steps(
-    x: Tensor,
-    step_size: float,
-    temperature: float,
-    bandwidth_gradient: bool,
-    repulsion: bool,
-    optimizer: str,
-    kernel: str,
-) -> Callable[[Tensor], None]:
+def _svgd_steps(x: Tensor, flow: Flow) -> Callable[[Tensor], None]:
     """``reference.svgd_step_`` of particles x along a score, step after step."""
     if native.supports_particles(x):
-        return native.FlowSteps(x, step_size, temperature, bandwidth_gradient, repulsion, optimizer, kernel).step
-    moments = reference.zero_moments(x, optimizer)
+        return native.FlowSteps(x, flow).step
+    moments = reference.zero_moments(x, flow.optimizer)
     numbers = itertools.count(1)
 
     def move(score: Tensor) -> None:
-        number = next(numbers)
         reference.svgd_step_(
-            x, score, *moments, number, step_size, temperature, bandwidth_gradient, repulsion, optimizer, kernel
+            x,
+            score,
+            *moments,
+            next(numbers),
+            flow.step_size,
+            flow.temperature,
+            flow.bandwidth_gradient,
+            flow.repulsion,
+            flow.optimizer,
+            flow.kernel,
         )
 
     return move
@@ -81,24 +82,19 @@ def value_gradient_flow(
     observations: Tensor,
     particles: Tensor,
     steps: int,
-    step_size: float,
-    temperature: float,
-    q_aggregation: str = "mean",
-    bandwidth_gradient: bool = False,
-    repulsion: bool = True,
-    optimizer: str = "adam",
+    flow: Flow,
+    *,
     return_trajectory: bool = False,
     evaluate: bool = True,
-    kernel: str = "rbf",
 ) -> FlowResult:
     """``reference.value_gradient_flow`` of observations [B, O] and particles [B, N, A]."""
     at_states = critic_at_states(critic, observations, particles.shape[1], backward=steps > 0)
     x = particles.clone(memory_format=torch.contiguous_format)
-    move_along = _svgd_steps(x, step_size, temperature, bandwidth_gradient, repulsion, optimizer, kernel)
+    move_along = _svgd_steps(x, flow)
 
     def move(step: int) -> None:
         with ranges.span(f"vgf/flow_step/{step - 1}"):
-            move_along(at_states.score(x, q_aggregation))
+            move_along(at_states.score(x, flow.q_aggregation))
 
     trajectory = reference.repeated(x, steps, move, return_trajectory)
     q = None
@@ -204,22 +200,9 @@ class TorchBackend:
         evaluate: bool,
     ) -> FlowResult:
         """Move particles by the critic or, if there is one, by the score field, clipped ``per_state`` or in all."""
-        config = policy.config
         if weights.score_field is None:
-            return value_gradient_flow(
-                weights.critic,
-                observations,
-                particles,
-                budget.steps,
-                budget.step_size,
-                budget.temperature,
-                config.flow_q_aggregation,
-                config.bandwidth_gradient,
-                config.repulsion,
-                config.particle_optimizer,
-                evaluate=evaluate,
-                kernel=config.kernel,
-            )
+            flow = policy.config.flow(budget)
+            return value_gradient_flow(weights.critic, observations, particles, budget.steps, flow, evaluate=evaluate)
         with torch.no_grad():
             field = reference.FieldAtStates(weights.score_field, observations)
             moved = amortized_flow(field, particles, budget.steps, budget.step_size, per_state)

@@ -108,7 +108,7 @@ class TritonBackend:
         """
         from vgf_fast.kernels.sequence import TDTarget, value_gradient_flow
 
-        config = policy.config
+        flow = policy.config.flow(budget)
         steps = budget.steps
         if policy.score_field is not None:
             field = functools.partial(_field, policy.score_field, observations, weights.critic.dtype)
@@ -120,13 +120,8 @@ class TritonBackend:
             observations,
             particles,
             steps,
-            budget.step_size,
-            budget.temperature,
-            config.flow_q_aggregation,
-            config.bandwidth_gradient,
-            config.repulsion,
-            config.particle_optimizer,
-            kernel=config.kernel,
+            *flow[:6],
+            kernel=flow.kernel,
             evaluator=weights.target_critic,
             epilogue=epilogue,
             layers=layers,

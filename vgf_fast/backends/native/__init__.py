@@ -28,6 +28,7 @@ from torch import Tensor
 
 from vgf_fast import reference
 from vgf_fast.common.arrays import has_memory
+from vgf_fast.flow import Flow
 from vgf_fast.reference import LAYER_NORM_EPS, MLPWeights
 
 MANY_ROWS = 256  # from which on weights are packed and rows taken in chunks
@@ -437,25 +438,16 @@ def behavior_flow(velocity: MLPWeights, observations: Tensor, noise: Tensor, ste
 class FlowSteps:
     """Steps of particles x [B, N, A], which are written: ``reference.svgd_step_``, from the first step on."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        step_size: float,
-        temperature: float,
-        bandwidth_gradient: bool,
-        repulsion: bool,
-        optimizer: str,
-        kernel: str,
-    ) -> None:
+    def __init__(self, x: Tensor, flow: Flow) -> None:
         found = library()
         assert found is not None
         self.library = found
         self.x = x
         particles, entries = x.shape[1:]
-        adam = optimizer == "adam"
+        adam = flow.optimizer == "adam"
         self.flow = _Flow(
-            *(particles, entries, 0, bandwidth_gradient, repulsion, adam, _KERNELS[kernel]),
-            *(step_size, temperature, *_CONSTANTS.values()),
+            *(particles, entries, 0, flow.bandwidth_gradient, flow.repulsion, adam, _KERNELS[flow.kernel]),
+            *(flow.step_size, flow.temperature, *_CONSTANTS.values()),
         )
         self.moments = torch.zeros(2 if adam else 0, *x.shape, dtype=torch.float32, device="cpu")
         self.threads = threads_for(x.numel() * particles)
