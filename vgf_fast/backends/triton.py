@@ -247,7 +247,7 @@ class TritonBackend:
         packed: PackedMLP,
         data: dict[str, Tensor],
         target: Tensor,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Adam,
         config: TrainConfig,
     ) -> Tensor:
         """The critic's step of Adam, and the target critic's: loss, mean value and mean target [3]."""
@@ -271,7 +271,7 @@ class TritonBackend:
         packed: PackedMLP | None,
         data: dict[str, Tensor],
         draws: dict[str, Tensor],
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Adam,
     ) -> Tensor:
         """The behaviour model's step of Adam, in kernels where it is a flow; returns its loss."""
         from vgf_fast.kernels.training import Batch, training_step_
