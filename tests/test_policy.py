@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import vgf_fast as vgf
+from vgf_fast.backends import choice
 from vgf_fast.common.checkpoints import CheckpointError
 
 CONFIG = vgf.VGFConfig(
@@ -250,3 +251,17 @@ def test_the_particles_obey_the_papers_bound_on_how_far_they_move():
         scale = sigma * np.e**0.5
         bound = 2 * budget.step_size * budget.steps / scale * (lipschitz / budget.temperature + 1 / scale)
         assert 0 <= mmd + 1e-12 <= bound
+
+
+def test_a_backend_is_chosen_once_where_the_policy_is(monkeypatch):
+    """``.to()`` binds to another; a call does not choose again."""
+    policy = vgf.VGFPolicy(
+        vgf.VGFConfig(observation_dim=3, action_dim=2, hidden_dims=(16,), behavior_hidden_dims=(16,))
+    )
+    first = policy.bound(policy.dtype)
+    monkeypatch.setattr(choice, "resolve_backend", lambda *arguments, **options: pytest.fail("chosen again"))
+    policy.sample_actions(torch.zeros(3))
+    assert policy.bound(policy.dtype) is first
+    monkeypatch.undo()
+    assert policy.to(torch.float64).bound(policy.dtype) is not first
+    assert policy.to(torch.float32).bound(policy.dtype) is first
