@@ -26,7 +26,7 @@ DRAWN = [("vgf/sample_batch", 0, ()), ("vgf/noise", 0, ())]
 # Of two hidden layers and few rows, and of two Euler steps.
 BEHAVIOR_FLOW = ("euler_kernel", *("small_kernel", "euler_kernel") * 2)
 VALUES = ("rows_kernel", "small_kernel", "rows_kernel", "flow_step_kernel")
-FLOW_STEP = ("rows_kernel", *("small_kernel",) * 2, "rows_kernel", "flow_step_kernel")
+FLOW_STEP = ("rows_kernel", *("small_kernel",) * 2, "rows_kernel", "product_kernel", "flow_step_kernel")
 TRAINING = tuple(training_launches(2))
 TRITON_UPDATE = [
     *DRAWN,
