@@ -294,20 +294,20 @@ def token_flow() -> None:
 SCENARIOS: dict[str, tuple[Callable[[], None], bool]] = {
     # name: what to run, and whether it is of the paper's sizes, where nothing may spill
     "flow bf16": (lambda: flow(torch.bfloat16), True),
+    "acting bf16": (lambda: acting(torch.bfloat16), True),
+    "sizes of one": (sizes_of_one, False),
+    "training bf16": (lambda: training(torch.bfloat16), True),
+    "particles float32": (lambda: particle_step(torch.float32), True),
+    "nearest bf16": (lambda: nearest(torch.bfloat16, 4096, 128_256, 4096), True),
+    "token flow": (token_flow, True),
     "flow tf32": (lambda: flow(torch.float32), True),
     "flow bf16, median differentiated": (lambda: flow(torch.bfloat16, bandwidth_gradient=True), True),
     "flow bf16, 128 particles": (lambda: flow(torch.bfloat16, 128), False),
-    "acting bf16": (lambda: acting(torch.bfloat16), True),
     "acting tf32": (lambda: acting(torch.float32), True),
     "acting bf16, median differentiated": (lambda: acting(torch.bfloat16, bandwidth_gradient=True), True),
-    "sizes of one": (sizes_of_one, False),
-    "training bf16": (lambda: training(torch.bfloat16), True),
     "training tf32": (lambda: training(torch.float32), True),
-    "particles float32": (lambda: particle_step(torch.float32), True),
     "particles bf16": (lambda: particle_step(torch.bfloat16), True),
-    "nearest bf16": (lambda: nearest(torch.bfloat16, 4096, 128_256, 4096), True),
     "nearest tf32": (lambda: nearest(torch.float32, 512, 30_522, 384), True),
-    "token flow": (token_flow, True),
 }
 
 
@@ -359,6 +359,13 @@ def resources(compiled: Any, target: str) -> dict[str, int]:
     }
 
 
+def _has_product(function: Any) -> bool:
+    """Whether a kernel, or a device function it calls, multiplies matrices."""
+    body = function.src.partition("(")[2]  # behind its own name
+    called = (function.fn.__globals__.get(name) for name in set(re.findall(r"\b(\w+)\(", body)))
+    return "tl.dot(" in body or any(_has_product(one) for one in called if isinstance(one, type(function)))
+
+
 _WORK: list[tuple[str, str, bool, Launch]] = []  # of the processes that compile
 
 
@@ -372,7 +379,7 @@ def _row(number: int) -> dict[str, Any]:
         "flags": " ".join(launch.flags()),
         "num_warps": launch.options.get("num_warps", 4),
         "paper_size": is_paper_size,
-        "has_product": "PRECISION" in numbers,
+        "has_product": _has_product(launch.kernel),
         "tile": [numbers[name] for name in ("BLOCK_M", "BLOCK_N") if name in numbers],
         **resources(compile_launch(launch, target), target),
     }

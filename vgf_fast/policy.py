@@ -65,6 +65,7 @@ class VGFPolicy(nn.Module):
         if not isinstance(config, VGFConfig):
             raise TypeError(f"config is a {type(config).__name__}, expected a VGFConfig")
         self.config = config
+        choice("backend", backend, get_args(Backend))
         self.backend: Backend = backend
         self.seed = integer("seed", seed, -MAX_SEED, MAX_SEED)
         self.cuda_graph = cuda_graph
