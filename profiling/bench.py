@@ -239,7 +239,7 @@ def start(plan: Plan, stack: contextlib.ExitStack) -> list[Worker]:
 
 def _progress_bar(label: str, total: int) -> contextlib.AbstractContextManager[Any]:
     """``vgf_fast.common.progress.progress_bar``, without the package around it, which would import torch here."""
-    path = machine.REPOSITORY / "vgf_fast" / "progress.py"
+    path = machine.REPOSITORY / "vgf_fast" / "common" / "progress.py"
     spec = importlib.util.spec_from_file_location("profiling_progress", path)
     assert spec is not None
     assert spec.loader is not None

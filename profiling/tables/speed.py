@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def resources(path: Path) -> str:
     record = load(path)
     variants: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in record["rows"]:
-        if row["paper_size"] and "bf16" in row["scenario"] and row["has_product"]:
+        if row["paper_size"] and re.match("(flow|acting|training) bf16", row["scenario"]):
             variants.setdefault(row["kernel"], {}).setdefault(row["target"], []).append(row)
 
     def largest(rows: list[dict[str, Any]]) -> str:
