@@ -36,7 +36,7 @@ CHUNK_ROWS = 60
 WIDTHS = 16  # hidden widths are multiples of it
 MAX_LAYERS = 32
 MAX_PARTICLES = 128  # of a state, as many as the kernels take
-PRODUCTS_PER_THREAD = 50_000  # multiplications of a layer for every thread that takes part
+PRODUCTS_PER_THREAD = 200_000  # multiplications of a layer for every thread that takes part
 _CORES = os.cpu_count() or 1  # of the whole machine, which is what counts its threads
 _SOURCE = Path(__file__).with_name("flow.c")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp")
