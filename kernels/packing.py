@@ -119,7 +119,7 @@ class Layout(NamedTuple):
 
     def packed(self, tensors: Iterable[Tensor], activation: str) -> PackedMLP:
         """``PackedMLP.tensors`` with what else it holds."""
-        return PackedMLP(*tensors, *self.sizes, activation, self.widths)  # type: ignore[arg-type,call-arg]
+        return PackedMLP._make((*tensors, *self.sizes, activation, self.widths))
 
     @property
     def time(self) -> bool:

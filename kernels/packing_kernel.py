@@ -55,6 +55,14 @@ def packing_kernel(
         tl.store(matrices_ptr + target + offs, values.to(matrices_ptr.dtype.element_ty), mask=in_tile)
 
 
+def check_span(source: Tensor) -> None:
+    """Raise ``ValueError`` if a parameter does not lie within the kernel's 32-bit offsets."""
+    if sum((size - 1) * stride for size, stride in zip(source.shape, source.stride(), strict=True)) >= 2**31:
+        raise ValueError(
+            f"a parameter has strides {source.stride()}, so that it spans 2**31 elements or more: make it contiguous"
+        )
+
+
 def _tiles(stack: Stack, packed: PackedMLP, matrices: Tensor, vectors: Tensor) -> list[list[int]]:
     """The table's rows of one stack; targets are relative to the two tensors."""
     tiles = []
@@ -62,6 +70,8 @@ def _tiles(stack: Stack, packed: PackedMLP, matrices: Tensor, vectors: Tensor) -
         base = vectors if target.ndim == 1 else matrices
         rows, source = torch.atleast_2d(target), None if source is None else torch.atleast_2d(source)
         offset, size, width = (target.data_ptr() - base.data_ptr()) // target.itemsize, target.numel(), rows.shape[1]
+        if source is not None:
+            check_span(source)
         for start in range(0, size, TILE):
             row = start // width
             bits = width.bit_length() - 1  # widths are powers of two

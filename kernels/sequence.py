@@ -8,7 +8,7 @@ at once. A behaviour flow is K times D - 1 products and an Euler step.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ class Network:
 
     # --- single launches ---------------------------------------------------------------------------------------------
 
-    def rows_of(self, mode: str, layer: int, **tensors: Tensor | None) -> None:
+    def rows_of(self, mode: str, layer: int, **tensors: Any) -> None:
         """``rows`` of a layer."""
         rows(
             mode,
@@ -78,7 +78,7 @@ class Network:
             self.options,
             self.mlp.activation,
             block=self.layers.rows,
-            **tensors,  # type: ignore[arg-type]
+            **tensors,
         )
 
     def small_of(self, mode: str, layer: int, **tensors: Tensor) -> None:

@@ -7,7 +7,7 @@ the same launch, D - 1 times transposed product and rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -93,10 +93,10 @@ class Network:
         shape = (self.mlp.depth, self.layout.members, self.extents.padded_rows, self.mlp.padded_width)
         return buffer[start : start + self.extents.hidden_size].view(shape)
 
-    def rows_of(self, mode: str, layer: int, **tensors: Tensor | None) -> None:
+    def rows_of(self, mode: str, layer: int, **tensors: Any) -> None:
         """``rows`` of a layer."""
         layers = (self.net_at(layer), self.shape(layer), self.options, self.mlp.activation)
-        rows(mode, *layers, block=self.extents.block_rows, **tensors)  # type: ignore[arg-type]
+        rows(mode, *layers, block=self.extents.block_rows, **tensors)
 
     def product(self, a: Tensor, w: Tensor, out: Tensor, bias: Tensor | None = None, transposed: bool = False) -> None:
         """``product`` of all rows."""

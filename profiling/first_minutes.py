@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import multiprocessing
@@ -243,8 +244,8 @@ def kernel_times(bench: Bench) -> None:
     for graph in bench.graphs:
         learner = bench.learner(bench.policy(), cuda_graph=graph)
         acting = bench.policy(cuda_graph=graph).to(bench.dtype)
-        work["update"][graph] = lambda learner=learner: learner.update(batch, check=False)  # type: ignore[misc]
-        work["act"][graph] = lambda acting=acting: acting.sample_actions(state)  # type: ignore[misc]
+        work["update"][graph] = functools.partial(learner.update, batch, check=False)
+        work["act"][graph] = functools.partial(acting.sample_actions, state)
     cuda = bench.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
     calls = bench.calls(10)

@@ -24,7 +24,10 @@ class Node(NamedTuple):
 
 def graph_us(nodes: Mapping[str, Node], machine: Machine = H200) -> float:
     """Microseconds from the first launch to the end of the last."""
-    waiting, begins, running, done = dict(nodes), {}, {}, {}  # type: ignore[var-annotated]
+    waiting = dict(nodes)
+    begins: dict[str, float] = {}
+    running: dict[str, float] = {}
+    done: dict[str, float] = {}
     alone = {
         name: max(node.time.microseconds - (node.time.ahead_us if node.dependent else 0.0), 1e-3)
         for name, node in nodes.items()

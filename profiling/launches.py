@@ -15,11 +15,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+
+if TYPE_CHECKING:
+    from vgf_fast.functional import Backend
 
 RESULTS = Path(__file__).parent / "results" / "launches.json"
 PREFIX = "triton::"
@@ -93,11 +96,11 @@ def count(function: Callable[[], object]) -> Launches:
     return launches
 
 
-def paper_policy(backend: str = "triton") -> Any:
+def paper_policy(backend: Backend = "triton") -> Any:
     """A policy of the paper's sizes."""
     from vgf_fast import VGFConfig, VGFPolicy
 
-    return VGFPolicy(VGFConfig(observation_dim=29, action_dim=8), backend=backend)  # type: ignore[arg-type]
+    return VGFPolicy(VGFConfig(observation_dim=29, action_dim=8), backend=backend)
 
 
 def paper_dataset() -> Any:
@@ -115,7 +118,7 @@ def paper_dataset() -> Any:
     )
 
 
-def update_launches(backend: str = "triton") -> Launches:
+def update_launches(backend: Backend = "triton") -> Launches:
     """Launches of one update of a batch of 256, drawn from a dataset; the first, which fills caches, is not counted."""
     from vgf_fast import Learner
 
@@ -128,7 +131,7 @@ def update_launches(backend: str = "triton") -> Launches:
     return count(update)
 
 
-def act_launches(batch: int = 256, backend: str = "triton") -> Launches:
+def act_launches(batch: int = 256, backend: Backend = "triton") -> Launches:
     """Launches of actions for ``batch`` states that lie on the device, with the noise drawn."""
     policy = paper_policy(backend)
     states = torch.randn(batch, 29)

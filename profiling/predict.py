@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -21,6 +21,9 @@ from profiling import launches, resources, sass
 from profiling.bench import say
 from profiling.graph_time import Node, graph_us
 from profiling.resources import Launch
+
+if TYPE_CHECKING:
+    from vgf_fast.config import Precision
 
 RESULTS = Path(__file__).parent / "results" / "predicted.json"
 TARGET = "sm_90"
@@ -84,7 +87,7 @@ def _recorded(function: Callable[[], object]) -> list[Launch]:
     return recorded
 
 
-def works(precision: str = "bfloat16") -> dict[str, Work]:
+def works(precision: Precision = "bfloat16") -> dict[str, Work]:
     """An update and an action at the paper's sizes."""
     from vgf_fast import Learner, TrainConfig
 
@@ -94,7 +97,7 @@ def works(precision: str = "bfloat16") -> dict[str, Work]:
         return launches.paper_policy("auto")
 
     def update() -> None:
-        learner = Learner(policy(), TrainConfig(precision=precision))  # type: ignore[arg-type]
+        learner = Learner(policy(), TrainConfig(precision=precision))
         learner.update(dataset.sample(256, learner.generator), check=False)
 
     def act() -> None:

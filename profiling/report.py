@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -77,11 +76,10 @@ def rendered(text: str, sections: Mapping[str, Callable[[], str]]) -> str:
     """
     for name, make in sections.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
             raise ValueError(f"the text has no one place for {name!r}: expected {begin} and {end}, once each")
-        pattern = re.escape(begin) + r".*?" + re.escape(end)
-        section = f"{begin}\n{make()}\n{end}"
-        text = re.sub(pattern, lambda match, section=section: section, text, flags=re.DOTALL)  # type: ignore[misc]
+        before, after = text[: text.index(begin)], text[text.index(end) :]
+        text = f"{before}{begin}\n{make()}\n{after}"
     return text
 
 

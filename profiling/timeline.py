@@ -24,6 +24,7 @@ from vgf_fast.kernels import ranges
 from profiling import launches, machine
 from profiling.bench import say
 from vgf_fast import Learner
+from vgf_fast.functional import Backend
 
 PREFIX = "vgf/"
 
@@ -80,7 +81,7 @@ def _depth(event: Any) -> int:
     return 0 if around is None else 1 + _depth(around)
 
 
-def update(backend: str, device: str) -> Callable[[], object]:
+def update(backend: Backend, device: str) -> Callable[[], object]:
     """A function that does one update at the paper's sizes; it ran once already, which fills caches."""
     learner = Learner(launches.paper_policy(backend).to(device), cuda_graph=False)
     dataset = launches.paper_dataset().to(device)
@@ -91,7 +92,7 @@ def update(backend: str, device: str) -> Callable[[], object]:
     return _warm(one)
 
 
-def act(backend: str, device: str, states: int) -> Callable[[], object]:
+def act(backend: Backend, device: str, states: int) -> Callable[[], object]:
     """A function that acts in so many states; it ran once already."""
     policy = launches.paper_policy(backend).to(device)
     policy.cuda_graph = False

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from launches import count_launches
 from oracle import nan_filled_empty
-from vgf_fast.kernels import packing, tables
+from vgf_fast.kernels import packing, packing_kernel, tables
 
 widths = st.integers(1, 40)
 
@@ -144,3 +144,9 @@ def test_a_table_not_seen_before_cannot_be_captured():
         pytest.raises(RuntimeError, match="run it once uncaptured"),
     ):
         tables.device_table("unseen", torch.device("cuda", 0), lambda: [[1]])
+
+
+def test_a_parameter_beyond_32_bit_offsets_is_refused():
+    packing_kernel.check_span(torch.empty_strided((1000, 1000), (2**21, 1), device="meta"))
+    with pytest.raises(ValueError, match=r"a parameter has strides \(2147484, 1\), so that it spans 2\*\*31"):
+        packing_kernel.check_span(torch.empty_strided((1001, 1000), (2147484, 1), device="meta"))

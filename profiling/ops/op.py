@@ -206,7 +206,7 @@ def _with_autocast(run: Callable[[], Outputs], inputs: Inputs) -> Callable[[], O
 
 
 @functools.cache
-def _compile(function: Function, backend: str) -> Function:
+def _compile(function: Callable[..., Any], backend: str) -> Any:
     """One compilation serves all copies of inputs. CUDA graphs are the bench's, the same for all implementations."""
-    options: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"} if backend == "inductor" else {}
-    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False, **options)  # type: ignore[return-value]
+    mode = "max-autotune-no-cudagraphs" if backend == "inductor" else None
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False, mode=mode)
