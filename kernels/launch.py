@@ -23,7 +23,6 @@ PARTICLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIGNAL_DTYPES = (*PARTICLE_DTYPES, torch.float64, torch.bool)  # of rewards and masks
 AGGREGATIONS = ("mean", "min")  # over members
 REDUCTIONS = ("mean", "max")  # over particles
-OPTIMIZERS = ("adam", "ascent")  # of particles
 SELECTIONS = ("max", "softmax", "random")
 
 

@@ -28,7 +28,6 @@ from vgf_fast.experiments import reproduce
 from vgf_fast.experiments.finetune import RECORDS, finetune
 
 RESULTS = machine.REPOSITORY / "profiling" / "results" / "learning"
-SEEDS = (0, 1, 2)
 FLOW_STEPS = [0, 1, 2, 3, 5]
 NETWORKS: dict[str, Any] = {
     "hidden_dims": [128, 128], "behavior_hidden_dims": [128, 128], "particles": 5, "behavior_steps": 5,
